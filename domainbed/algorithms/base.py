@@ -1,0 +1,104 @@
+"""What every algorithm shares: the contract with the training loop, and the order of the names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from domainbed.registry import Registry
+
+DOMAINBED_ORDER = (
+    "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN", "CDANN", "MTL",
+    "SagNet", "ARM", "VREx", "RSC", "SD", "ANDMask", "SANDMask", "IGA", "SelfReg", "Fishr", "TRM", "IB_ERM",
+    "IB_IRM", "CAD", "CondCAD", "Transfer", "CausIRL_CORAL", "CausIRL_MMD", "EQRM", "RDM", "ADRMX", "URM",
+)  # fmt: skip
+OWN_ORDER = ("EX2L_MAE", "EX2L_Cosine", "EX2L_SoftDice", "EX2L_JSDistance", "EX2L_SSIM")
+
+REGISTRY: Registry[Any] = Registry("algorithm", DOMAINBED_ORDER + OWN_ORDER)
+register = REGISTRY.register
+
+Minibatches: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+HparamsEntry: TypeAlias = tuple[Any, Callable[[Any], Any]] | Callable[[Any], tuple[Any, Callable[[Any], Any]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an algorithm is built for; plain numbers, stored in model.pkl.
+
+    Attributes:
+        input_shape: (C, H, W) of one image.
+        num_classes: K.
+        num_domains: number of minibatches that ``update`` gets (parts of the partition).
+        num_confounders: V; 1 where the dataset knows no confounder.
+        group_counts: examples of each of the K * V groups in the training in-splits.
+    """
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+    num_domains: int
+    num_confounders: int = 1
+    group_counts: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Task":
+        return cls(**{key: tuple(v) if isinstance(v, list | tuple) else v for key, v in values.items()})
+
+
+class Algorithm(nn.Module):
+    """Learns from minibatches and predicts; subclasses implement ``update`` and ``predict``.
+
+    Class attributes:
+        HPARAMS: own hparams, name -> ``(default, draw)`` with ``draw(RandomState)``, or name -> function of the
+            dataset's traits that returns such a pair; added to those of the bases and to the shared table.
+        PARTITION: the partition that ``train`` takes unless told otherwise.
+        MIN_PARTS: the fewest minibatches that ``update`` can work with.
+    """
+
+    HPARAMS: ClassVar[Mapping[str, HparamsEntry]] = {}
+    PARTITION: ClassVar[str] = "environment"
+    MIN_PARTS: ClassVar[int] = 1
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
+        super().__init__()
+        self.hparams = hparams
+
+    @classmethod
+    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "Algorithm":
+        """Builds the algorithm; override to use more of the task than DomainBed's four arguments.
+
+        Raises:
+            ValueError: the partition has fewer parts than the method needs.
+        """
+        if task.num_domains < cls.MIN_PARTS:
+            raise ValueError(
+                f"{cls.__name__} compares at least {cls.MIN_PARTS} minibatches, this partition has {task.num_domains}; "
+                "choose another --partition or fewer --test_envs"
+            )
+        return cls(task.input_shape, task.num_classes, task.num_domains, hparams)
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        """One training step.
+
+        Args:
+            minibatches: one ``(x, y)`` per part of the partition, x (B, C, H, W) float, y (B,) int64 in [0, K);
+                our loaders' minibatches also carry ``.c``, ``.g``, ``.e``, ``.i``.
+            unlabeled: None, or one x per test environment (domain adaptation).
+
+        Returns:
+            Numbers by name; their means since the last checkpoint become columns of the record.
+        """
+        raise NotImplementedError
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of images x (B, C, H, W)."""
+        raise NotImplementedError
+
+
+def concatenate(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
+    """All images and all labels of a step, in the minibatches' order."""
+    return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])

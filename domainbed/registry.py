@@ -1,0 +1,170 @@
+"""Names to classes: registration, explained misses, and class attributes read without an import."""
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+PLUGINS_VARIABLE = "DOMAINBED_PLUGINS"
+_ROOT = Path(__file__).parent
+
+
+def not_found(kind: str, name: str, known: Iterable[str]) -> str:
+    """Message for an unknown name: what came, the nearest known name, what is allowed."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ";"
+    return f"{kind} not found: {name}{hint} known: {', '.join(known)}"
+
+
+class Registry(Generic[T]):
+    """Classes or functions by name, with a live list of the names.
+
+    Args:
+        kind: what is registered, for messages ("algorithm").
+        order: names that come first, in this order; others follow as they are registered.
+    """
+
+    def __init__(self, kind: str, order: Sequence[str] = ()):
+        self.kind = kind
+        self.names: list[str] = []
+        self._entries: dict[str, T] = {}
+        self._order = {name: position for position, name in enumerate(order)}
+
+    def register(self, entry: T) -> T:
+        """Adds a class or function under its own name; usable as a decorator.
+
+        Raises:
+            ValueError: another entry has this name.
+        """
+        name = entry.__name__
+        if name in self._entries:
+            raise ValueError(f"{self.kind} registered twice: {name}; give one of them another name")
+        self._entries[name] = entry
+        self.names.append(name)
+        self.names.sort(key=lambda n: self._order.get(n, len(self._order)))  # stable: the rest keep their order
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            NotImplementedError: no such name (the type DomainBed raises).
+        """
+        if name not in self._entries:
+            raise NotImplementedError(not_found(self.kind, name, self.names))
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        return ((name, self._entries[name]) for name in self.names)
+
+
+def load_plugins() -> None:
+    """Imports the modules or ``.py`` files named in $DOMAINBED_PLUGINS (separated like $PATH).
+
+    The variable is inherited by the jobs of a sweep, so a class registered there trains everywhere.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: a named module or file does not exist.
+    """
+    for plugin in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
+        if not plugin.endswith(".py"):
+            importlib.import_module(plugin)
+        elif (name := f"domainbed_plugin_{Path(plugin).stem}") not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, plugin)
+            assert spec is not None and spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+
+
+def import_modules(package: str) -> dict[str, Any]:
+    """Imports every module of a folder, in name order; returns the public names they define themselves."""
+    found: dict[str, Any] = {}
+    for path in sorted((_ROOT / package).glob("[!_]*.py")):
+        module = importlib.import_module(f"domainbed.{package}.{path.stem}")
+        own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__}
+        found |= {k: v for k, v in own.items() if not k.startswith("_")}
+    return found
+
+
+# Reading the source instead of importing it keeps `sweep` and `collect_results` free of torch.
+
+
+def _literals(body: Iterable[ast.stmt]) -> dict[str, Any]:
+    found = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            target, value = node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            target, value = node.target.id, node.value
+        else:
+            continue
+        try:
+            found[target] = ast.literal_eval(value)
+        except ValueError:
+            continue
+    return found
+
+
+def _sources(package: str) -> list[Path]:
+    """The folder's modules, then the modules beside it that belong to it (algorithms_ex2l.py)."""
+    return [*sorted((_ROOT / package).glob("[!_]*.py")), *sorted(_ROOT.glob(f"{package}_*.py"))]
+
+
+@functools.cache
+def _declared(package: str) -> dict[str, dict[str, Any]]:
+    """Every class of a folder with its literal attributes, inherited ones included; key "" marks a registered one."""
+    classes: dict[str, dict[str, Any]] = {}
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in _sources(package)}
+    for stem in sorted(trees, key=lambda stem: stem != "base"):  # bases first
+        for node in trees[stem].body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            inherited: dict[str, Any] = {}
+            for base in reversed(node.bases):
+                inherited |= classes.get(base.id if isinstance(base, ast.Name) else "", {})
+            decorators = [d.id for d in node.decorator_list if isinstance(d, ast.Name)]
+            classes[node.name] = inherited | _literals(node.body) | {"": "register" in decorators}
+    return classes
+
+
+def order(package: str) -> tuple[str, ...]:
+    """DomainBed's names in its order: the literal ``DOMAINBED_ORDER`` of a folder's base module."""
+    tree = ast.parse((_ROOT / package / "base.py").read_text(encoding="utf-8"))
+    return tuple(_literals(tree.body)["DOMAINBED_ORDER"])
+
+
+def names(package: str) -> list[str]:
+    """The registered names of a folder ("algorithms", "datasets"), DomainBed's first, without importing it."""
+    tree = ast.parse((_ROOT / package / "base.py").read_text(encoding="utf-8"))
+    literals = _literals(tree.body)
+    ranks = {name: rank for rank, name in enumerate([*literals["DOMAINBED_ORDER"], *literals["OWN_ORDER"]])}
+    registered = [name for name, facts in _declared(package).items() if facts[""]]
+    return sorted(registered, key=lambda name: ranks.get(name, len(ranks)))
+
+
+def attribute(package: str, name: str, attribute: str, default: Any = None) -> Any:
+    """A literal class attribute of a registered class; a name that the files lack is really imported.
+
+    Raises:
+        NotImplementedError: no class of that name, imported or not.
+    """
+    facts = _declared(package)
+    if name in facts and facts[name][""]:
+        return facts[name].get(attribute, default)
+    module = importlib.import_module(f"domainbed.{package}")
+    return getattr(module.find(name), attribute, default)

@@ -1,0 +1,28 @@
+"""Packaging; pyproject.toml only configures tools."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="domainbed-ex2l",
+    version="0.1.0",
+    description="Train, compare and understand methods against spurious correlations; a successor of DomainBed",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["domainbed", "domainbed.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy>=1.26",
+        "pillow",
+        "wilds>=2.0.0",
+        "scikit-learn>=1.5",
+        "scikit-image>=0.24",
+        "tqdm",
+    ],
+    extras_require={
+        "timm": ["timm>=1.0"],
+        "dev": ["pytest>=8", "ruff", "mypy"],
+    },
+)
