@@ -10,7 +10,8 @@ The modules in the order in which data flows; each imports only from those above
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy
-    records, training              6  one JSON line per checkpoint; the loop
+    records, run_directory,
+    training                       6  one JSON line per checkpoint; a run's directory; the loop
     model_selection                7  records -> the run and the step that one would have chosen
     tables                         8  chosen runs -> text
     jobs, command_launchers        9  sweep -> jobs; jobs -> machines
