@@ -23,6 +23,6 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
-        "dev": ["pytest>=8", "ruff", "mypy"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy"],
     },
 )

@@ -3,9 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from domainbed.evaluation import Accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,16 @@ def group_count_key(env: int, split: str, group: int) -> str:
     return f"env{env}_{split}_g{group}_n"
 
 
+def full_data_acc_key(env: int) -> str:
+    """Accuracy of an environment's in-split after a second stage that trains on everything (train_autolr)."""
+    return f"fd_{acc_key(env, 'in')}"
+
+
+def is_group_key(key: str) -> bool:
+    """Whether a key speaks of a single group; consoles leave these out."""
+    return re.fullmatch(r"env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn])", key) is not None
+
+
 class GroupCounts(NamedTuple):
     """Accuracy and number of examples by group, read back from a record."""
 
@@ -59,6 +74,79 @@ def group_metrics(record: Mapping[str, Any], env: int, split: str) -> GroupCount
         {g: record[group_acc_key(env, split, g)] for g in sorted(groups)},
         {g: record[group_count_key(env, split, g)] for g in sorted(groups)},
     )
+
+
+def environments(record: Mapping[str, Any], split: str) -> list[int]:
+    """The environments whose accuracy on the split is in the record, ascending."""
+    found = (re.fullmatch(rf"env(\d+)_{split}_acc", key) for key in record)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def has_groups(record: Mapping[str, Any]) -> bool:
+    """Whether some split's groups were measured."""
+    return any(key.endswith("_wga") for key in record)
+
+
+def aa_wga(aa: float, wga: float) -> float:
+    """The score by which the paper chooses a checkpoint: (AA + WGA) / 2.
+
+    Source: eX2L, arXiv 2605.06368, equation 5.
+    """
+    return (aa + wga) / 2
+
+
+class Pooled(NamedTuple):
+    """Average and worst-group accuracy of several splits taken as one, fractions."""
+
+    aa: float
+    wga: float
+
+
+def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pooled | None:
+    """AA and WGA of all examples of the splits ``(env, "in" or "out")`` together, weighted by the groups' counts.
+
+    Where groups are too many to be written one by one, AA is the mean of the splits' accuracies and WGA the
+    smallest of their worst-group accuracies: counts that would pool them exactly are not in the record.
+
+    Returns:
+        None if there is no split, or one of them is not in the record or without groups.
+    """
+    metrics = [group_metrics(record, env, split) for env, split in splits]
+    if metrics and all(metric.n for metric in metrics):
+        count: dict[int, int] = defaultdict(int)
+        correct: dict[int, float] = defaultdict(float)
+        for metric in metrics:
+            for g, n in metric.n.items():
+                count[g] += n
+                correct[g] += n * metric.acc[g]
+        return Pooled(sum(correct.values()) / sum(count.values()), min(correct[g] / count[g] for g in count))
+    keys = [(acc_key(env, split), wga_key(env, split)) for env, split in splits]
+    if not keys or not all(acc in record and wga in record for acc, wga in keys):
+        return None
+    return Pooled(sum(record[acc] for acc, _ in keys) / len(keys), min(record[wga] for _, wga in keys))
+
+
+def accuracies(measured: Mapping[tuple[int, str], "Accuracy"], num_groups: int) -> dict[str, float | int]:
+    """The record keys of measured splits.
+
+    Args:
+        measured: accuracy by environment number and kind of split.
+        num_groups: K * V; up to MAX_GROUPS_WRITTEN each non-empty group is written, else the worst one.
+    """
+    record: dict[str, float | int] = {}
+    for (env, kind), accuracy in measured.items():
+        record[acc_key(env, kind)] = accuracy.average
+        if not accuracy.groups:
+            continue
+        record[wga_key(env, kind)] = accuracy.worst
+        if num_groups > MAX_GROUPS_WRITTEN:
+            record[worst_group_key(env, kind)] = accuracy.worst_group
+            record[worst_group_count_key(env, kind)] = accuracy.counts[accuracy.worst_group]
+            continue
+        for g, n in accuracy.counts.items():
+            record[group_acc_key(env, kind, g)] = accuracy.groups[g]
+            record[group_count_key(env, kind, g)] = n
+    return record
 
 
 def _plain(value: Any) -> Any:

@@ -77,6 +77,13 @@ def is_running(directory: str | os.PathLike[str]) -> bool:
         return True
 
 
+def clear(directory: str | os.PathLike[str]) -> None:
+    """Removes a run's results, the sign of completeness first."""
+    for pattern in (records.DONE_FILE, records.RESULTS_FILE, "model*.pkl", "model*.pkl.partial"):
+        for path in Path(directory).glob(pattern):
+            path.unlink()
+
+
 def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> None:
     """Refuses a directory that holds another run's records.
 

@@ -1,0 +1,26 @@
+# make sweep: trains the quickstart sweep and prints its tables; make test: linters, types and tests.
+# Each makes its own environment in .venv first (Python 3.11 or newer, pip).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+QUICKSTART := sweep_output/quickstart
+
+.PHONY: sweep test clean
+
+sweep: .venv/installed
+	$(BIN)/python -m domainbed.scripts.sweep launch sweeps/quickstart.toml --output_dir $(QUICKSTART) --skip_confirmation
+	$(BIN)/python -m domainbed.scripts.collect_results --input_dir $(QUICKSTART)
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2
+
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv sweep_output

@@ -1,0 +1,42 @@
+"""Datasets by name; every module of this folder is imported and its classes stand here, as DomainBed's users expect."""
+
+from typing import Any
+
+from PIL import ImageFile
+
+from domainbed import registry
+from domainbed.datasets.base import REGISTRY, MultipleDomainDataset
+
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # some public photographs lack their last bytes
+
+DATASETS = REGISTRY.names  # live
+
+
+def get_dataset_class(dataset_name: str) -> type[MultipleDomainDataset]:
+    """The dataset class of that name: registered, or set on this module from outside.
+
+    Raises:
+        NotImplementedError: no such dataset.
+    """
+    found = globals().get(dataset_name)
+    if isinstance(found, type) and hasattr(found, "ENVIRONMENTS"):
+        return found
+    dataset: type[MultipleDomainDataset] = REGISTRY[dataset_name]
+    return dataset
+
+
+find = get_dataset_class  # the name under which registry.attribute asks
+
+
+def num_environments(dataset_name: str) -> int:
+    """Number of environments of a dataset, without building it."""
+    return len(get_dataset_class(dataset_name).ENVIRONMENTS or ())
+
+
+def __getattr__(name: str) -> Any:
+    """Tells type checkers that classes found at import time may be asked for by name."""
+    raise AttributeError(f"module 'domainbed.datasets' has no attribute {name!r}; datasets: {', '.join(DATASETS)}")
+
+
+globals().update(registry.import_modules("datasets"))
+registry.load_plugins()

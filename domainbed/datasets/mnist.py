@@ -1,0 +1,129 @@
+"""ColoredMNIST and RotatedMNIST, with colour and angle as confounders."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from domainbed.datasets.base import InMemoryEnvironment, MultipleDomainDataset, register
+
+FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+
+
+def load_mnist(root: str | None) -> tuple[Tensor, Tensor]:
+    """The 70,000 digits, training files first, downloaded to ``root/MNIST/raw`` where they are missing.
+
+    Returns:
+        Images (70000, 28, 28) uint8 and labels (70000,) int64.
+
+    Raises:
+        ValueError: no root, or a damaged file.
+        FileNotFoundError: files are missing and can't be downloaded.
+    """
+    if root is None:
+        raise ValueError("MNIST needs --data_dir: the directory that holds (or shall hold) MNIST/raw")
+    from torchvision.datasets import MNIST  # seconds to import
+
+    try:
+        parts = [MNIST(root, train=train, download=True) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{root}/MNIST/raw lacks files and they can't be downloaded; put there: {FILES}") from error
+    except (ValueError, AssertionError, EOFError, IndexError) as error:
+        raise ValueError(f"a file in {root}/MNIST/raw is damaged ({error}); replace it; needed are: {FILES}") from error
+    images, digits = torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts])
+    if images.shape != (70000, 28, 28) or digits.shape != (70000,):
+        found = f"images {tuple(images.shape)} and labels {tuple(digits.shape)}"
+        raise ValueError(f"{root}/MNIST/raw holds {found}, not the 70000 digits of MNIST; replace the files: {FILES}")
+    return images, digits
+
+
+class MultipleEnvironmentMNIST(MultipleDomainDataset):
+    """Deals the shuffled digits out in turn to environments and transforms each.
+
+    Args:
+        root: directory above ``MNIST/raw``.
+        environments: one value per environment.
+        dataset_transform: ``(images (N, 28, 28) uint8, digits (N,), value) -> environment``.
+        input_shape: (C, H, W) after the transform.
+        num_classes: K after the transform.
+    """
+
+    HPARAMS_SIZE = "small"
+
+    def __init__(
+        self,
+        root: str | None,
+        environments: Sequence[Any],
+        dataset_transform: Callable[[Tensor, Tensor, Any], TensorDataset],
+        input_shape: tuple[int, ...],
+        num_classes: int,
+    ):
+        images, digits = load_mnist(root)
+        shuffle = torch.randperm(len(images))
+        images, digits = images[shuffle], digits[shuffle]
+        stride = len(environments)
+        self.datasets = [
+            dataset_transform(images[i::stride], digits[i::stride], value) for i, value in enumerate(environments)
+        ]
+        self.input_shape, self.num_classes = input_shape, num_classes
+
+
+@register
+class ColoredMNIST(MultipleEnvironmentMNIST):
+    """Is the digit below five? A quarter of the labels is flipped, and colour agrees with the label more often.
+
+    Environments: colour agrees with the (noisy) label in 90, 80 and 10 % of the images; the channel with the number
+    of the colour carries the digit, the other is zero. Confounder: the colour, channel 0 or 1.
+
+    Source: Arjovsky, Bottou, Gulrajani and Lopez-Paz 2019, "Invariant Risk Minimization",
+    https://arxiv.org/abs/1907.02893, in DomainBed's form (28 px, three environments of 23,333 images).
+    Licence of MNIST: CC BY-SA 3.0. Layout: ``MNIST/raw/*-ubyte``.
+    """
+
+    ENVIRONMENTS = ("+90%", "+80%", "-90%")
+    CONFOUNDERS = ("channel 0", "channel 1")
+
+    def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):
+        super().__init__(root, [0.1, 0.2, 0.9], self.color_dataset, (2, 28, 28), 2)
+
+    def color_dataset(self, images: Tensor, labels: Tensor, environment: float) -> TensorDataset:
+        """Labels, colours and the two-channel images of one environment; two draws, in this order."""
+        flipped = self.torch_bernoulli_(0.25, len(labels))
+        y = self.torch_xor_((labels < 5).float(), flipped)
+        color = self.torch_xor_(y, self.torch_bernoulli_(environment, len(y))).long()
+        x = torch.zeros(len(images), 2, 28, 28)
+        x[torch.arange(len(images)), color] = images.float() / 255
+        return InMemoryEnvironment(x, y, color)
+
+    def torch_bernoulli_(self, p: float, size: int) -> Tensor:
+        """(size,) ones with probability p, as float."""
+        return (torch.rand(size) < p).float()
+
+    def torch_xor_(self, a: Tensor, b: Tensor) -> Tensor:
+        """Exclusive or of zeros and ones, as float."""
+        return (a != b).float()
+
+
+@register
+class RotatedMNIST(MultipleEnvironmentMNIST):
+    """Ten digits, each environment turned by another angle. Confounder: the angle.
+
+    Source: Ghifary, Kleijn, Zhang and Balduzzi 2015, "Domain Generalization for Object Recognition with Multi-task
+    Autoencoders", https://arxiv.org/abs/1508.07680, in DomainBed's form. Licence and layout: as ColoredMNIST.
+    """
+
+    ENVIRONMENTS = ("0", "15", "30", "45", "60", "75")
+    CONFOUNDERS = ("0 degrees", "15 degrees", "30 degrees", "45 degrees", "60 degrees", "75 degrees")
+
+    def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):
+        super().__init__(root, [0, 15, 30, 45, 60, 75], self.rotate_dataset, (1, 28, 28), 10)
+
+    def rotate_dataset(self, images: Tensor, labels: Tensor, angle: int) -> TensorDataset:
+        """Every image turned counter-clockwise by angle (degrees), bilinear, corners black."""
+        turned = [np.asarray(Image.fromarray(i).rotate(angle, Image.Resampling.BILINEAR)) for i in images.numpy()]
+        x = torch.from_numpy(np.stack(turned)).unsqueeze(1).float() / 255
+        return InMemoryEnvironment(x, labels, torch.full((len(labels),), angle // 15))

@@ -1,0 +1,161 @@
+"""Default and random hyperparameters of every pair of algorithm and dataset.
+
+One table is shared by all; an algorithm's class adds to it (or overrides it) with its ``HPARAMS``, a dataset's class
+fixes values with its own. Each hparam draws from a generator of its own, seeded with its name, so that adding one
+never changes another's draws; equal names have equal draws in all algorithms.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainbed import algorithms, registry
+from domainbed.algorithms.base import HparamsEntry
+from domainbed.seeding import seed_hash
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[Any, Callable[[Any], Any]]  # default, draw(RandomState)
+
+# Read by the networks where they are given, without a default in the table.
+OPTIONAL = frozenset({"backbone", "pretrained", "mlp_width", "mlp_depth", "mlp_dropout"})
+
+
+@dataclass(frozen=True)
+class DatasetTraits:
+    """What an hparam's default and range may depend on.
+
+    Attributes:
+        name: of the dataset, known to the registry or not.
+        small: its images are small (28 px or so), which takes larger learning rates and batches.
+    """
+
+    name: str
+    small: bool
+
+    @classmethod
+    def of(cls, dataset_name: str) -> "DatasetTraits":
+        return cls(dataset_name, _dataset_attribute(dataset_name, "HPARAMS_SIZE", "large") == "small")
+
+
+def _constant(value: Any) -> Pair:
+    return value, lambda r: value
+
+
+SHARED: dict[str, HparamsEntry] = {
+    "data_augmentation": _constant(True),
+    "resnet18": _constant(False),
+    "resnet50_augmix": _constant(True),
+    "dinov2": _constant(False),
+    "vit": _constant(False),
+    "vit_attn_tune": _constant(False),
+    "freeze_bn": _constant(False),
+    "lars": _constant(False),
+    "linear_steps": _constant(500),
+    "resnet_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
+    "vit_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
+    "class_balanced": _constant(False),
+    "nonlinear_classifier": _constant(False),
+    "lr": lambda dataset: (
+        (1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)) if dataset.small else (5e-5, lambda r: 10 ** r.uniform(-5, -3.5))
+    ),
+    "weight_decay": lambda dataset: _constant(0.0) if dataset.small else (0.0, lambda r: 10 ** r.uniform(-6, -2)),
+    "batch_size": lambda dataset: (
+        (64, lambda r: int(2 ** r.uniform(3, 9))) if dataset.small else (32, lambda r: int(2 ** r.uniform(3, 5.5)))
+    ),
+}
+
+
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
+    """The hparams of a run with ``--hparams_seed 0``; unknown names get the shared ones."""
+    return {name: default for name, (default, _) in _table(_algorithm_class(algorithm), dataset).items()}
+
+
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
+    """One draw of all hparams; unknown names get the shared ones."""
+    return {name: drawn for name, (_, drawn) in _hparams(algorithm, dataset, seed).items()}
+
+
+def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[Any, Any]]:
+    """name -> (default, drawn value), plain Python scalars."""
+    return {
+        name: (default, _plain(draw(np.random.RandomState(seed_hash(random_seed, name)))))
+        for name, (default, draw) in _table(_algorithm_class(algorithm), dataset).items()
+    }
+
+
+def _define_hparam(hparams: dict[str, Any], hparam_name: str, default_val: Any, random_val_fn: Callable[..., Any]) -> None:
+    """Adds one hparam to a table such as ``SHARED``: its default and how to draw it from a RandomState."""
+    hparams[hparam_name] = (default_val, random_val_fn)
+
+
+def check_unknown(algorithm_class: type, dataset_name: str, given: Mapping[str, Any]) -> None:
+    """Looks for misspelt keys among hparams that a user gave.
+
+    A class that declares ``HPARAMS`` is taken at its word; of others we can't know what they read, so that only a
+    likely slip is warned of.
+
+    Raises:
+        ValueError: the class body declares ``HPARAMS`` and neither it nor the shared table has the key.
+    """
+    known = sorted({*_table(algorithm_class, dataset_name), *OPTIONAL})
+    for name in (name for name in given if name not in known):
+        if "HPARAMS" in vars(algorithm_class):
+            raise ValueError(registry.not_found(f"hparam of {algorithm_class.__name__}", name, known))
+        for close in difflib.get_close_matches(name, known, n=1):
+            logger.warning("hparam %s is passed on to %s; did you mean %s?", name, algorithm_class.__name__, close)
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """The hparams in a JSON object such as ``{"lr": 0.001}``; none for None or an empty text.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    if not text:
+        return {}
+    try:
+        overrides = json.loads(text)
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise ValueError(f"""hparams are a JSON object like '{{"lr": 0.001, "resnet18": true}}'; got: {text}""")
+    return overrides
+
+
+def _table(algorithm_class: type | None, dataset_name: str) -> dict[str, Pair]:
+    """name -> (default, draw): shared, then the algorithm's (bases first), then what the dataset fixes."""
+    traits, table = DatasetTraits.of(dataset_name), dict(SHARED)
+    for cls in reversed(algorithm_class.__mro__ if algorithm_class else ()):
+        table |= vars(cls).get("HPARAMS", {})
+    pairs = {name: entry(traits) if callable(entry) else entry for name, entry in table.items()}
+    fixed = _dataset_attribute(dataset_name, "HPARAMS", {})
+    return pairs | {name: value if _is_pair(value) else _constant(value) for name, value in fixed.items()}
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and callable(value[1])
+
+
+def _algorithm_class(name: str) -> type | None:
+    try:
+        return algorithms.get_algorithm_class(name)
+    except NotImplementedError:
+        return None
+
+
+def _dataset_attribute(name: str, attribute: str, default: Any) -> Any:
+    try:
+        return registry.attribute("datasets", name, attribute, default)
+    except NotImplementedError:
+        return default
+
+
+def _plain(value: Any) -> Any:
+    """Python's scalar for a numpy one, which JSON and safe pickles refuse."""
+    return value.item() if isinstance(value, np.generic) else value

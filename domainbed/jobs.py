@@ -1,0 +1,314 @@
+"""A sweep's grid as jobs: what each one trains, the directory it is known by, and how far it has come."""
+
+import copy
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from domainbed import registry, run_directory
+from domainbed.seeding import seed_hash
+
+# Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
+EXTRAS = ("label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save")
+
+Launcher = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables: an algorithm, and what tells it from other rows of the same algorithm.
+
+    Attributes:
+        algorithm: its name.
+        partition: None for the algorithm's own.
+        label: what tables call the row; None for the name.
+        hparams: overrides, laid over the sweep's.
+    """
+
+    algorithm: str
+    partition: str | None = None
+    label: str | None = None
+    hparams: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, entry: str) -> "Row":
+        """The row meant by ``"NAME"`` or ``"NAME:partition"``."""
+        algorithm, _, partition = entry.partition(":")
+        return cls(algorithm, partition or None)
+
+    def train_args(self, common_hparams: str | None) -> dict[str, Any]:
+        """The row's arguments of train; an own partition spelled out is the same job as none.
+
+        Raises:
+            NotImplementedError: no such algorithm or partition.
+            ValueError: ``common_hparams`` is no JSON object.
+        """
+        default = registry.attribute("algorithms", self.algorithm, "PARTITION", "environment")
+        args = {
+            "algorithm": self.algorithm,
+            "partition": None if self.partition in (None, default) else _known_partition(str(self.partition)),
+            "label": self.label,
+            "hparams": merged_hparams(common_hparams, self.hparams),
+        }
+        return {key: value for key, value in args.items() if value is not None}
+
+
+def _known_partition(name: str) -> str:
+    from domainbed import partitions  # only sweeps that name a partition pay for the import
+
+    return partitions.REGISTRY[name].__name__
+
+
+def merged_hparams(common: str | None, own: Mapping[str, Any] | None) -> str | None:
+    """``own`` over ``common`` as JSON; ``common`` alone stays as it was typed, for it is hashed.
+
+    Raises:
+        ValueError: ``common`` is no JSON object.
+    """
+    try:
+        parsed = {} if common is None else json.loads(common)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"hparams are not JSON ({error}): {common}; write for instance '{{\"lr\": 0.001}}'") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"hparams must be a JSON object such as '{{\"lr\": 0.001}}'; got {common}")
+    return json.dumps(parsed | dict(own), sort_keys=True) if own else common
+
+
+def all_test_env_combinations(n: int) -> list[list[int]]:
+    """Every environment alone, each followed by its pairs with later ones: [0], [0, 1], ..., [1], [1, 2], ...
+
+    Raises:
+        ValueError: fewer than three environments, so that a pair would leave none to train on.
+    """
+    if n < 3:
+        raise ValueError(f"pairs of test environments need at least 3 environments, got {n}; pass --single_test_envs")
+    return [envs for i in range(n) for envs in ([i], *([i, j] for j in range(i + 1, n)))]
+
+
+def dataset_test_envs(
+    dataset: str, single_test_envs: bool, test_envs_list: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """The test environments of a dataset's jobs, one list a job.
+
+    ``test_envs_list`` wins; else a dataset that DomainBed lacks takes its own ``TEST_ENVS``; else they are enumerated.
+
+    Raises:
+        NotImplementedError: no such dataset.
+        ValueError: the dataset names no environments, too few, or lacks one that is asked for.
+    """
+    n = len(registry.attribute("datasets", dataset, "ENVIRONMENTS") or ())
+    if n == 0:
+        raise ValueError(f"{dataset} names no environments; give the class ENVIRONMENTS, a tuple of their names")
+    official = registry.attribute("datasets", dataset, "TEST_ENVS")
+    if test_envs_list is not None:
+        combinations = [list(envs) for envs in test_envs_list]
+    elif official and dataset not in registry.order("datasets"):  # DomainBed's sweeps must keep their directories
+        combinations = [list(official)]
+    elif single_test_envs:
+        combinations = [[i] for i in range(n)]
+    else:
+        try:
+            combinations = all_test_env_combinations(n)
+        except ValueError as error:
+            raise ValueError(f"{dataset}: {error}") from error
+    for envs in combinations:
+        if len(set(envs) & set(range(n))) != len(envs) or not 0 < len(envs) < n:
+            raise ValueError(
+                f"{dataset}: test environments {envs} are not possible; name some, not all, of 0 to {n - 1}, each once"
+            )
+    return combinations
+
+
+def _check_data_dir(data_dir: str | None, dataset_names: Sequence[str]) -> None:
+    needy = [name for name in dataset_names if registry.attribute("datasets", name, "NEEDS_DATA_DIR", True)]
+    if data_dir is None and needy:
+        raise ValueError(f"--data_dir is required: {', '.join(needy)} read files; name the directory that holds them")
+
+
+def make_args_list(
+    n_trials: int,
+    dataset_names: Sequence[str],
+    algorithms: Sequence[str],
+    n_hparams_from: int,
+    n_hparams: int,
+    steps: int | None,
+    data_dir: str | None,
+    task: str,
+    holdout_fraction: float,
+    single_test_envs: bool,
+    hparams: str | None,
+    *,
+    rows: Sequence[Row] = (),
+    test_envs_list: Sequence[Sequence[int]] | None = None,
+    **extras: Any,
+) -> list[dict[str, Any]]:
+    """The arguments of every job, in DomainBed's order: trial, dataset, row, test environments, hparams seed.
+
+    Args:
+        n_trials: trial seeds are 0 to n_trials - 1.
+        algorithms: ``"NAME"`` or ``"NAME:partition"``.
+        n_hparams_from, n_hparams: hparams seeds are n_hparams_from to n_hparams - 1; 0 is the defaults.
+        steps, hparams: left out of the arguments where None, as are ``data_dir`` and the extras.
+        hparams: JSON object, for all jobs.
+        rows: follow ``algorithms``.
+        test_envs_list: one list a job, for all datasets; None: see ``dataset_test_envs``.
+        extras: any of ``EXTRAS``.
+
+    Raises:
+        NotImplementedError: no such dataset, algorithm or partition.
+        ValueError: anything else that the jobs could not run with.
+        TypeError: an extra that train does not have.
+    """
+    if unknown := extras.keys() - set(EXTRAS):
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
+    test_envs = {name: dataset_test_envs(name, single_test_envs, test_envs_list) for name in dataset_names}
+    row_args = [row.train_args(hparams) for row in (*map(Row.parse, algorithms), *rows)]
+    _check_data_dir(data_dir, dataset_names)
+    optional = {"steps": steps, "data_dir": data_dir, **extras}
+    shared = {key: value for key, value in optional.items() if value is not None and value is not False}
+    shared |= {"task": task, "holdout_fraction": holdout_fraction}
+    return [
+        _job_args(shared | row, dataset, envs, trial_seed, hparams_seed)
+        for trial_seed in range(n_trials)
+        for dataset in dataset_names
+        for row in row_args
+        for envs in test_envs[dataset]
+        for hparams_seed in range(n_hparams_from, n_hparams)
+    ]
+
+
+def _job_args(
+    args: dict[str, Any], dataset: str, test_envs: list[int], trial_seed: int, hparams_seed: int
+) -> dict[str, Any]:
+    """One job's arguments. The seed leaves out what tells rows apart, so that rows are compared on equal draws."""
+    seed = seed_hash(dataset, args["algorithm"], test_envs, hparams_seed, trial_seed)
+    seeds = {"trial_seed": trial_seed, "hparams_seed": hparams_seed, "seed": seed}
+    return args | {"dataset": dataset, "test_envs": list(test_envs)} | seeds
+
+
+def directory_name(train_args: Mapping[str, Any]) -> str:
+    """DomainBed's name of a job's directory, by which sweeps find each other's jobs."""
+    return hashlib.md5(json.dumps(dict(train_args), sort_keys=True).encode()).hexdigest()
+
+
+def _words(key: str, value: Any) -> str:
+    if value is True:
+        return f"--{key}"
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([f"--{key}", *(shlex.quote(v) if isinstance(v, str) else str(v) for v in values)])
+
+
+def train_command(train_args: Mapping[str, Any]) -> str:
+    """The shell command that trains with these arguments, in key order."""
+    return " ".join(["python -m domainbed.scripts.train", *(_words(k, v) for k, v in sorted(train_args.items()))])
+
+
+class Outcome(NamedTuple):
+    """What became of launched jobs."""
+
+    done: list["Job"]
+    failed: list["Job"]
+    elsewhere: list["Job"]  # another process had taken them
+
+
+class Job:
+    """One run of train, known by the hash of its arguments.
+
+    Attributes:
+        output_dir: the job's directory under the sweep's.
+        train_args: its arguments, output_dir included.
+        command_str: the shell command that runs it.
+        state: NOT_LAUNCHED, INCOMPLETE or DONE, as found when the object was made.
+    """
+
+    NOT_LAUNCHED = "Not launched"
+    INCOMPLETE = "Incomplete"
+    DONE = "Done"
+
+    def __init__(self, train_args: Mapping[str, Any], sweep_output_dir: str):
+        self.output_dir = os.path.join(sweep_output_dir, directory_name(train_args))
+        self.train_args = {**copy.deepcopy(dict(train_args)), "output_dir": self.output_dir}
+        self.command_str = train_command(self.train_args)
+        if run_directory.is_done(self.output_dir):
+            self.state = Job.DONE
+        else:
+            self.state = Job.INCOMPLETE if os.path.exists(self.output_dir) else Job.NOT_LAUNCHED
+
+    def __str__(self) -> str:
+        shown = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
+        facts = tuple(self.train_args[key] for key in shown if key in self.train_args)
+        return f"{self.state}: {self.output_dir} {facts}"
+
+    def is_running(self) -> bool:
+        """Whether a process works on the job now."""
+        return self.state == Job.INCOMPLETE and run_directory.is_running(self.output_dir)
+
+    def last_error(self) -> str:
+        """The last line that the job wrote to its stderr."""
+        path = Path(self.output_dir, "err.txt")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "(err.txt says nothing)")
+
+    @staticmethod
+    def launch(jobs: Sequence["Job"], launcher_fn: Launcher) -> Outcome | None:
+        """Makes the jobs' directories and hands their commands, shuffled, to the launcher.
+
+        Returns:
+            What became of them; None where the launcher returns no exit codes, as those that only submit.
+        """
+        print("Launching...")
+        jobs = list(jobs)
+        np.random.shuffle(jobs)  # type: ignore[arg-type]  # mixes long and short jobs
+        for job in jobs:
+            os.makedirs(job.output_dir, exist_ok=True)
+        codes = launcher_fn([job.command_str for job in jobs])
+        print(f"Launched {len(jobs)} jobs!")
+        if not isinstance(codes, list) or [type(code) for code in codes] != [int] * len(jobs):
+            return None
+        outcome = Outcome([], [], [])
+        for job, code in zip(jobs, codes, strict=True):
+            if run_directory.is_done(job.output_dir):
+                outcome.done.append(job)
+            else:
+                (outcome.elsewhere if code == run_directory.EXIT_LOCKED else outcome.failed).append(job)
+        return outcome
+
+    @staticmethod
+    def delete(jobs: Sequence["Job"]) -> int:
+        """Removes the jobs' directories, but not of one that runs or has been completed; returns how many went."""
+        print("Deleting...")
+        deleted = 0
+        for job in jobs:
+            try:
+                with run_directory.lock(job.output_dir):
+                    if run_directory.is_done(job.output_dir):
+                        continue
+                    shutil.rmtree(job.output_dir)
+                    deleted += 1
+            except run_directory.RunLocked:
+                continue
+        print(f"Deleted {deleted} jobs!")
+        return deleted
+
+
+def make_jobs(args_list: Sequence[Mapping[str, Any]], sweep_output_dir: str) -> list[Job]:
+    """The jobs of a sweep.
+
+    Raises:
+        ValueError: two jobs are the same run.
+    """
+    jobs: dict[str, Job] = {}
+    for args in args_list:
+        job = Job(args, sweep_output_dir)
+        if job.output_dir in jobs:
+            raise ValueError(f"two jobs are the same run: {job}; name each dataset and each row once")
+        jobs[job.output_dir] = job
+    return list(jobs.values())

@@ -1,0 +1,257 @@
+"""Records -> the run and the step that one would have chosen: DomainBed's methods, and the group-aware choice."""
+
+import itertools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from domainbed import records as keys
+from domainbed.lib.query import Q
+from domainbed.rows import Run, declared, replicates, runs
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+Accs = dict[str, float]  # val_acc, test_acc
+
+
+def validation_envs(dataset: str) -> Sequence[int]:
+    """The dataset's official validation environments; empty where the out-splits validate."""
+    return tuple(declared("datasets", dataset, "VALIDATION_ENVS") or ())
+
+
+def get_test_records(records: Q) -> Q:
+    """The records with exactly one test environment (the others serve leave-one-out only)."""
+    return records.filter(lambda record: len(record["args"]["test_envs"]) == 1)
+
+
+def _accs(record: Record, val_keys: Sequence[str], test_key: str) -> Accs | None:
+    """Mean of the validation keys and the test key; None where the record lacks one of them."""
+    if not val_keys or any(key not in record for key in (*val_keys, test_key)):
+        return None
+    return {"val_acc": float(np.mean([record[key] for key in val_keys])), "test_acc": record[test_key]}
+
+
+def _present(accs: Iterable[Any], records: Sequence[Record]) -> list[Any]:
+    """The accs that are not None, with a warning about the others."""
+    found = list(accs)
+    present = [acc for acc in found if acc is not None]
+    if len(present) < len(found):
+        args = records[0]["args"]
+        name = f"{args['algorithm']}, {args['dataset']}, test_envs {args['test_envs']}, seed {args.get('seed')}"
+        message = "run left out (%s): %d of %d checkpoints lack an accuracy that its selection needs"
+        logger.warning(message, name, len(found) - len(present), len(found))
+    return present
+
+
+def _val_acc(acc: Accs) -> float:
+    """The validation accuracy as something to maximise: NaN is worse than every number."""
+    return float("-inf") if math.isnan(acc["val_acc"]) else acc["val_acc"]
+
+
+class SelectionMethod:
+    """How to choose among the checkpoints of a sweep; class methods only.
+
+    The records handed in are those of one trial seed, dataset, algorithm and test environment. Subclasses say how
+    one run (all its checkpoints) is judged. Unlike in DomainBed, a NaN validation accuracy never wins over a number
+    within a run, and a checkpoint that lacks an environment's key is left out with a warning instead of ending the
+    collection.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} holds class methods only; use the class itself")
+
+    @classmethod
+    def run_acc(cls, run_records: Q) -> Accs | None:
+        """``{"val_acc", "test_acc"}`` (fractions) of the run's chosen checkpoint; None if it can't be judged."""
+        raise NotImplementedError
+
+    @classmethod
+    def hparams_accs(cls, records: Q) -> list[tuple[Accs, Q]]:
+        """(run_acc, records) of each hparams seed, best validation first; ties: the larger seed; NaN last."""
+        judged = records.group("args.hparams_seed").map(lambda _, run: (cls.run_acc(run), run))
+        return judged.filter(lambda pair: pair[0] is not None).sorted(key=lambda pair: pair[0]["val_acc"])[::-1]
+
+    @classmethod
+    def sweep_acc(cls, records: Q) -> float | None:
+        """Test accuracy of the chosen hparams seed; None if no run can be judged."""
+        judged = cls.hparams_accs(records)
+        return judged[0][0]["test_acc"] if judged else None
+
+
+class IIDAccuracySelectionMethod(SelectionMethod):
+    """Highest mean accuracy on the training environments' out-splits, over steps and draws.
+
+    A dataset with official validation environments is judged by the mean over these instead.
+    """
+
+    name = "training-domain validation set"
+
+    @classmethod
+    def run_acc(cls, run_records: Q) -> Accs | None:
+        records = list(get_test_records(run_records))
+        accs = _present(map(cls._step_acc, records), records)
+        return max(accs, key=_val_acc) if accs else None  # the first of ties
+
+    @classmethod
+    def _step_acc(cls, record: Record) -> Accs | None:
+        (test_env,) = record["args"]["test_envs"]
+        official = validation_envs(record["args"]["dataset"])
+        val_keys = [keys.acc_key(env, "in") for env in official]
+        if not official:
+            val_keys = [keys.acc_key(env, "out") for env in _held_out(record) if env != test_env]
+        return _accs(record, val_keys, cls._test_key(test_env))
+
+    @classmethod
+    def _test_key(cls, test_env: int) -> str:
+        return keys.acc_key(test_env, "in")
+
+
+class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
+    """As the training-domain method, but reports the second training stage of ``train_autolr``.
+
+    Expects the records of both stages merged (``scripts.collect_results.merge_records``).
+    """
+
+    name = "auto lr training-domain validation set"
+
+    @classmethod
+    def _test_key(cls, test_env: int) -> str:
+        return keys.full_data_acc_key(test_env)
+
+
+class OracleSelectionMethod(SelectionMethod):
+    """Highest accuracy on the test environment's out-split at the last step: sees the test environment."""
+
+    name = "test-domain validation set (oracle)"
+
+    @classmethod
+    def run_acc(cls, run_records: Q) -> Accs | None:
+        records = get_test_records(run_records)
+        if not len(records) or validation_envs(records[0]["args"]["dataset"]):
+            return None
+        last = records.sorted(key=lambda record: record["step"])[-1]
+        (test_env,) = last["args"]["test_envs"]
+        accs = _accs(last, [keys.acc_key(test_env, "out")], keys.acc_key(test_env, "in"))
+        return next(iter(_present([accs], [last])), None)
+
+
+class LeaveOneOutSelectionMethod(SelectionMethod):
+    """Highest mean accuracy on a second environment left out of training, each in turn."""
+
+    name = "leave-one-domain-out cross-validation"
+
+    @classmethod
+    def run_acc(cls, run_records: Q) -> Accs | None:
+        if len(run_records) and validation_envs(run_records[0]["args"]["dataset"]):
+            return None
+        accs = run_records.group("step").map(lambda _, records: cls._step_acc(records)).filter_not_none()
+        return max(accs, key=_val_acc) if len(accs) else None
+
+    @classmethod
+    def _step_acc(cls, records: Q) -> Accs | None:
+        """None unless each other environment was left out together with the test environment."""
+        singles = get_test_records(records)
+        if len(singles) != 1:
+            return None
+        (test_env,) = singles[0]["args"]["test_envs"]
+        found = {}
+        for record in records.filter(lambda record: len(record["args"]["test_envs"]) == 2):
+            left_out = set(record["args"]["test_envs"]) - {test_env}
+            found |= {env: record.get(keys.acc_key(env, "in")) for env in left_out}
+        val_accs = [found.get(env) for env in _held_out(singles[0]) if env != test_env]
+        test_acc = singles[0].get(keys.acc_key(test_env, "in"))
+        if not val_accs or None in val_accs or test_acc is None:
+            return None
+        return {"val_acc": float(np.mean(val_accs)), "test_acc": test_acc}
+
+
+def _held_out(record: Record) -> Iterable[int]:
+    """Environments 0, 1, ... up to the first one without an out-split."""
+    return itertools.takewhile(lambda env: keys.acc_key(env, "out") in record, itertools.count())
+
+
+# name on the command line -> what is maximised over validation, from AA and WGA
+CRITERIA: dict[str, Callable[[float, float], float]] = {"aa_wga": keys.aa_wga, "wga": lambda aa, wga: wga}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a group-aware criterion takes among the draws of one trial.
+
+    Attributes:
+        run: the run it belongs to.
+        replicate: 0, or 1, 2, ... for further seeds of the same draw (see ``rows.replicates``).
+        record: its checkpoint.
+        score: the criterion on validation.
+        validation, test: AA and WGA as fractions.
+    """
+
+    run: Run
+    replicate: int
+    record: Record
+    score: float
+    validation: keys.Pooled
+    test: keys.Pooled
+
+    @property
+    def step(self) -> int:
+        return int(self.record["step"])
+
+
+def validation_splits(record: Record) -> list[tuple[int, str]]:
+    """``(env, split)`` of what group-aware selection may look at.
+
+    The official validation environments, else the out-splits of the training environments.
+    """
+    official = validation_envs(record["args"]["dataset"])
+    if official:
+        return [(env, "in") for env in official]
+    return [(env, "out") for env in keys.environments(record, "out") if env not in record["args"]["test_envs"]]
+
+
+def choose(records: Iterable[Record], criterion: str = "aa_wga") -> list[Choice]:
+    """The checkpoint per row, dataset, test environments and trial that is best on validation.
+
+    Validation pools the splits of ``validation_splits`` by counts, test pools the in-splits of the run's test
+    environments (``records.pooled``). Each run's best step is found first, then the best run among the draws
+    (hparams seeds) of a trial. Several seeds of one draw do not compete but are trials of their own, so that a
+    chosen draw trained again with new seeds gives one number per seed. Ties go to the earliest step, then to the
+    smallest hparams seed and seed. Runs without groups are passed over, NaN never wins.
+
+    Args:
+        records: of any number of runs.
+        criterion: a name in CRITERIA.
+
+    Raises:
+        ValueError: no such criterion.
+
+    Source: eX2L, arXiv 2605.06368, equations 5-7; the pooled validation groups are our reading of its appendix.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r} is unknown; choose among {', '.join(CRITERIA)}")
+    by_run = runs(record for record in records if keys.has_groups(record))
+    replicate = replicates(by_run)
+    trials: dict[Any, list[Choice]] = defaultdict(list)
+    for run in sorted(by_run, key=lambda run: (run.trial_seed, run.hparams_seed, run.seed)):
+        checkpoints = sorted(by_run[run], key=lambda record: record["step"])
+        judged = [_judge(run, replicate[run], record, CRITERIA[criterion]) for record in checkpoints]
+        trials[run.row, run.cell, run.trial_seed, replicate[run]] += _present(judged, checkpoints)
+    best = (max(choices, key=lambda choice: choice.score) for choices in trials.values() if choices)
+    return [choice for choice in best if choice.score > float("-inf")]
+
+
+def _judge(run: Run, replicate: int, record: Record, score: Callable[[float, float], float]) -> Choice | None:
+    validation = keys.pooled(record, validation_splits(record))
+    test = keys.pooled(record, [(env, "in") for env in run.test_envs])
+    if validation is None or test is None:
+        return None
+    value = float("-inf") if math.isnan(sum(validation)) else score(*validation)
+    return Choice(run, replicate, record, value, validation, test)

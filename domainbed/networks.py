@@ -1,0 +1,388 @@
+"""Featurizers, images (B, C, H, W) -> features (B, n_outputs), and classifiers, features -> logits (B, K).
+
+Every featurizer has ``n_outputs`` and a replaceable module ``activation``, applied last. Convolutional ones have
+``map_layer``: the module whose output (B, D, h, w) is the last map before pooling, for a forward hook. It is a
+property, so that it adds nothing to the state dict.
+"""
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed.lib.wide_resnet import Wide_ResNet
+from domainbed.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+Identity = nn.Identity
+
+BACKBONES: Registry[Any] = Registry("backbone")  # function of (input_shape, hparams) -> featurizer
+
+
+class MLP(nn.Module):
+    """Fully connected network of ``mlp_depth`` linear layers: (B, n_inputs) -> (B, n_outputs).
+
+    Hparams:
+        mlp_width: units of a hidden layer.
+        mlp_depth: number of linear layers, at least 2.
+        mlp_dropout: share of hidden units dropped, before their ReLU.
+    """
+
+    def __init__(self, n_inputs: int, n_outputs: int, hparams: Mapping[str, Any]):
+        super().__init__()
+        width = hparams["mlp_width"]
+        self.input = nn.Linear(n_inputs, width)
+        self.dropout = nn.Dropout(hparams["mlp_dropout"])
+        self.hiddens = nn.ModuleList(nn.Linear(width, width) for _ in range(hparams["mlp_depth"] - 2))
+        self.output = nn.Linear(width, n_outputs)
+        self.n_outputs = n_outputs
+        self.activation: nn.Module = Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.input, *self.hiddens):
+            x = F.relu(self.dropout(layer(x)))
+        return self.activation(self.output(x))
+
+
+class MNIST_CNN(nn.Module):
+    """DomainBed's network for 28 x 28 digits: (B, C, H, W) -> (B, 128), about 370,000 parameters.
+
+    Four 3 x 3 convolutions, each followed by ReLU and then GroupNorm, and a global average pool. Names and shapes of
+    the weights are DomainBed's, so that its ``model.pkl`` loads.
+    """
+
+    n_outputs = 128
+
+    def __init__(self, input_shape: Sequence[int]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(input_shape[0], 64, 3, 1, padding=1)
+        self.conv2 = nn.Conv2d(64, 128, 3, 2, padding=1)
+        self.conv3 = nn.Conv2d(128, 128, 3, 1, padding=1)
+        self.conv4 = nn.Conv2d(128, 128, 3, 1, padding=1)
+        self.bn0 = nn.GroupNorm(8, 64)
+        self.bn1 = nn.GroupNorm(8, 128)
+        self.bn2 = nn.GroupNorm(8, 128)
+        self.bn3 = nn.GroupNorm(8, 128)
+        self.activation: nn.Module = Identity()
+
+    @property
+    def map_layer(self) -> nn.Module:
+        """The last normalisation: its output (B, 128, H/2, W/2) is what is pooled."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4)
+        for convolution, norm in zip(convolutions, (self.bn0, self.bn1, self.bn2, self.bn3), strict=True):
+            x = norm(F.relu(convolution(x)))
+        return self.activation(x.mean((2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """Small backbone for the embedded sets (28 to 36 pixels): (B, C, H, W) -> (B, 48).
+
+    Five 3 x 3 convolutions, each followed by GroupNorm and ReLU, and a global average pool. A 3 x 36 x 36 image takes
+    7.7 MFLOP (twice the multiply-accumulates of the convolutions); its last map is 9 x 9, that of 28 pixels 7 x 7.
+    """
+
+    WIDTHS_AND_STRIDES = ((8, 1), (16, 2), (32, 2), (48, 1), (48, 1))
+    n_outputs = 48
+
+    def __init__(self, input_shape: Sequence[int]):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = input_shape[0]
+        for width, stride in self.WIDTHS_AND_STRIDES:
+            convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)  # the norm has a bias
+            # More groups would come near instance norm in the first layer, which hides an image's colour.
+            layers += [convolution, nn.GroupNorm(4, width), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.activation: nn.Module = Identity()
+
+    @property
+    def map_layer(self) -> nn.Module:
+        """The last ReLU: its output (B, 48, H/4, W/4) is what is pooled."""
+        return self.features[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.features(x).mean((2, 3)))
+
+
+@BACKBONES.register
+def small_cnn(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
+    return SmallCNN(input_shape)
+
+
+@contextmanager
+def _explained(needed: str) -> Iterator[None]:
+    """Says what could not be loaded and what to do; the hubs raise errors of four libraries, hence the broad catch."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"pretrained weights are missing: {needed} could not be loaded ({type(error).__name__}: {error}); "
+            "put the file there, or start from random weights with --hparams '{\"pretrained\": false}'"
+        ) from error
+
+
+def _torchvision_resnet(name: str, pretrained: bool) -> Any:
+    from torchvision import models
+
+    if not pretrained:
+        return models.get_model(name, weights=None)
+    weights = models.get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    with _explained(f"{file}, from {weights.url},"):
+        return models.get_model(name, weights=weights)
+
+
+def _timm_resnet50_augmix() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "resnet50_augmix (DomainBed's default backbone) needs timm: pip install domainbed-ex2l[timm]; "
+            "or choose torchvision's with --hparams '{\"resnet50_augmix\": false}'"
+        ) from error
+    with _explained("model.safetensors of timm/resnet50.ram_in1k, from the Hugging Face hub's cache ($HF_HOME),"):
+        return timm.create_model("resnet50.ram_in1k", pretrained=True)
+
+
+def _resnet(hparams: Mapping[str, Any]) -> Any:
+    """The residual network that the hparams ask for, with its last layer; only the weights in use are loaded."""
+    small, augmix = hparams.get("resnet18", False), hparams.get("resnet50_augmix", True)
+    pretrained = hparams.get("pretrained", True)
+    if small and augmix:
+        logger.info("resnet18 is set, so resnet50_augmix is not used (in DomainBed it would win)")
+    if augmix and pretrained and not small:
+        return _timm_resnet50_augmix()
+    return _torchvision_resnet("resnet18" if small else "resnet50", pretrained)
+
+
+def _with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """A bias-free first layer for another number of channels; its planes are the old ones in turn."""
+    old = convolution.weight.detach()
+    stride, padding = convolution.stride, convolution.padding
+    new = nn.Conv2d(channels, len(old), convolution.kernel_size, stride, padding, bias=False)  # type: ignore[arg-type]
+    new.weight = nn.Parameter(old[:, torch.arange(channels) % old.shape[1]])
+    return new
+
+
+class ResNet(nn.Module):
+    """ResNet-18 or -50 without its last layer: (B, C, H, W) -> (B, 512) or (B, 2048).
+
+    Source: He et al. 2016, https://arxiv.org/abs/1512.03385; weights from torchvision (IMAGENET1K_V1) or, for
+        ``resnet50_augmix``, timm's ``resnet50.ram_in1k`` (https://arxiv.org/abs/2110.00476, AugMix).
+    Differs: ``resnet18: true`` wins over ``resnet50_augmix``; ``train`` returns the module.
+
+    Args:
+        input_shape: (C, H, W); with C other than 3 the first layer repeats its three planes in turn.
+
+    Hparams:
+        resnet18: 18 layers, not 50.
+        resnet50_augmix: weights trained with AugMix (default); the architecture is the same, so random weights
+            don't need timm.
+        pretrained: False starts from random weights and downloads nothing.
+        freeze_bn: BatchNorm keeps its statistics; its weights are still trained.
+        resnet_dropout: share of the features dropped.
+
+    Raises:
+        ImportError: timm is needed and missing.
+        OSError: the weights can't be loaded.
+    """
+
+    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]):
+        super().__init__()
+        self.hparams = hparams
+        self.network = _resnet(hparams)
+        self.n_outputs: int = self.network.fc.in_features
+        self.network.fc = Identity()
+        if input_shape[0] != 3:
+            self.network.conv1 = _with_input_channels(self.network.conv1, input_shape[0])
+        self.dropout = nn.Dropout(hparams.get("resnet_dropout", 0.0))
+        self.activation: nn.Module = Identity()
+        self.train()
+
+    @property
+    def map_layer(self) -> nn.Module:
+        """The last residual block: its output (B, n_outputs, H/32, W/32) is what is pooled."""
+        return self.network.layer4[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dropout(self.network(x)))
+
+    def train(self, mode: bool = True) -> "ResNet":
+        super().train(mode)
+        if self.hparams.get("freeze_bn", False):
+            self.freeze_bn()
+        return self
+
+    def freeze_bn(self) -> None:
+        """Puts every BatchNorm in evaluation mode."""
+        for module in self.network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
+class DinoV2(nn.Module):
+    """DINOv2 ViT-B/14: (B, 3, H, W), H and W multiples of 14, -> (B, 5 * 768).
+
+    The features are the class tokens of the last four blocks and the mean patch token of the last.
+
+    Source: Oquab et al. 2023, https://arxiv.org/abs/2304.07193, linear evaluation; weights by torch.hub.
+
+    Hparams:
+        vit_dropout: share of the features dropped.
+        vit_attn_tune: train the attention layers only.
+        pretrained: False takes random weights (torch.hub still fetches the code once).
+
+    Raises:
+        ValueError: the images don't have three channels.
+        OSError: torch.hub can't load code or weights.
+    """
+
+    n_outputs = 5 * 768
+
+    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]):
+        super().__init__()
+        if input_shape[0] != 3:
+            raise ValueError(f"images have {input_shape[0]} channels; DINOv2 takes 3, use a ResNet or repeat channels")
+        self.hparams = hparams
+        with _explained(f"facebookresearch/dinov2 (code and dinov2_vitb14_pretrain.pth, in {torch.hub.get_dir()})"):
+            pretrained = hparams.get("pretrained", True)
+            self.network: Any = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=pretrained)
+        if hparams.get("vit_attn_tune", False):
+            for name, parameter in self.network.named_parameters():
+                parameter.requires_grad_(".attn." in name)
+        self.dropout = nn.Dropout(hparams.get("vit_dropout", 0.0))
+        self.activation: nn.Module = Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.network.get_intermediate_layers(x, n=4, return_class_token=True)  # (patch tokens, class token)
+        features = torch.cat([token for _, token in blocks] + [blocks[-1][0].mean(1)], dim=1)
+        return self.activation(self.dropout(features))
+
+
+class ContextNet(nn.Module):
+    """One plane of context for each image: (B, C, H, W) -> (B, 1, H, W).
+
+    Source: Zhang et al. 2021, Adaptive Risk Minimization, https://arxiv.org/abs/2007.02931.
+    """
+
+    def __init__(self, input_shape: Sequence[int]):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = input_shape[0]
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, 64, 5, padding=2), nn.BatchNorm2d(64), nn.ReLU()]
+            channels = 64
+        self.context_net = nn.Sequential(*layers, nn.Conv2d(channels, 1, 5, padding=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.context_net(x)
+
+
+def _large_image_featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
+    if not hparams.get("vit", False):
+        return ResNet(input_shape, hparams)
+    if not hparams.get("dinov2", False):
+        raise NotImplementedError('hparam vit is true, dinov2 is not; the only ViT is {"vit": true, "dinov2": true}')
+    return DinoV2(input_shape, hparams)
+
+
+_FEATURIZER_BY_SIZE = {
+    (28, 28): lambda input_shape, hparams: MNIST_CNN(input_shape),
+    (32, 32): lambda input_shape, hparams: Wide_ResNet(input_shape, 16, 2, 0.0),
+    (224, 224): _large_image_featurizer,
+}
+
+
+def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
+    """The featurizer for a shape, or the one that is asked for.
+
+    Args:
+        input_shape: (n,) for vectors or (C, H, W) for images.
+        hparams: read by the featurizer.
+
+    Hparams:
+        backbone: a name in ``BACKBONES``; without it the shape decides.
+
+    Raises:
+        NotImplementedError: no backbone of that name, or no featurizer for that shape.
+    """
+    if backbone := hparams.get("backbone"):
+        return BACKBONES[backbone](input_shape, hparams)
+    if len(input_shape) == 1:
+        return MLP(input_shape[0], hparams["mlp_width"], hparams)
+    size = tuple(input_shape[1:])
+    if size not in _FEATURIZER_BY_SIZE:
+        known = ", ".join(f"{height} x {width}" for height, width in _FEATURIZER_BY_SIZE)
+        raise NotImplementedError(
+            f"no featurizer for input of shape {tuple(input_shape)}; image sizes with one: {known}; "
+            f"resize the images or set the hparam backbone (one of: {', '.join(BACKBONES)})"
+        )
+    return _FEATURIZER_BY_SIZE[size](input_shape, hparams)
+
+
+def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) -> nn.Module:
+    """Features (B, in_features) -> logits (B, out_features): one linear layer, or three with ReLU between."""
+    if not is_nonlinear:
+        return nn.Linear(in_features, out_features)
+    half, quarter = in_features // 2, in_features // 4
+    return nn.Sequential(
+        nn.Linear(in_features, half), nn.ReLU(), nn.Linear(half, quarter), nn.ReLU(), nn.Linear(quarter, out_features)
+    )
+
+
+class WholeFish(nn.Module):
+    """Featurizer and classifier in one, whose weights can be set back; images -> logits (B, K).
+
+    Args:
+        weights: a state dict to start from.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hparams: Mapping[str, Any],
+        weights: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        featurizer = Featurizer(input_shape, hparams)
+        self.net = nn.Sequential(
+            featurizer, Classifier(featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        )
+        if weights is not None:
+            self.reset_weights(weights)
+
+    def reset_weights(self, weights: Mapping[str, Any]) -> None:
+        """Loads a copy of a state dict."""
+        self.load_state_dict(copy.deepcopy(weights))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def remove_batch_norm_from_resnet(model: nn.Module) -> nn.Module:
+    """Folds every BatchNorm, as in evaluation mode, into the convolution before it; in place.
+
+    It finds a BatchNorm by its place right after a convolution, as residual networks of torchvision and timm have it.
+    """
+    training = model.training
+    model.eval()  # what the folding requires
+    for parent in list(model.modules()):
+        children = list(parent.named_children())
+        for (name, module), (next_name, following) in itertools.pairwise(children):
+            if isinstance(module, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+                setattr(parent, name, nn.utils.fuse_conv_bn_eval(module, following))
+                setattr(parent, next_name, Identity())
+    return model.train(training)

@@ -1,0 +1,185 @@
+"""Records -> which run, and which row of a table, they belong to."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from domainbed import registry
+from domainbed.run_directory import NOT_IDENTITY
+
+# What tells the runs of a row apart, or changes no number.
+NOT_ROW = {*NOT_IDENTITY, "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "eval_splits"}
+NAMED = {"algorithm", "partition", "label", "hparams"}
+# What a record without the key was run with; other keys default to None.
+DEFAULTS = {
+    "precision": "fp32",
+    "task": "domain_generalization",
+    "holdout_fraction": 0.2,
+    "uda_holdout_fraction": 0,
+}
+
+Record = Mapping[str, Any]
+Cell = tuple[str, tuple[int, ...]]  # dataset, test environments
+
+
+def declared(package: str, name: str, attribute: str, default: Any = None) -> Any:
+    """A class attribute of an algorithm or dataset; the default if no such class can be found."""
+    try:
+        return registry.attribute(package, name, attribute, default)
+    except (NotImplementedError, ImportError):
+        return default
+
+
+def default_partition(algorithm: str) -> str:
+    """The partition that an algorithm trains on unless told otherwise."""
+    return str(declared("algorithms", algorithm, "PARTITION", "environment"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a line of a table stands for: everything in a record's args but seeds, data and places.
+
+    Attributes:
+        algorithm: its name.
+        partition: which examples shared a minibatch.
+        label: the user's own name for the row, if given.
+        extras: further settings that are not the default, as (key, JSON); overridden hparams one by one.
+    """
+
+    algorithm: str
+    partition: str
+    label: str | None = None
+    extras: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> "Row":
+        """The row of a run with these arguments; an argument that is missing or None has its default."""
+        algorithm = args["algorithm"]
+        settings = {key: value for key, value in args.items() if key not in NOT_ROW | NAMED}
+        extras = {k: v for k, v in settings.items() if v not in (None, DEFAULTS.get(k)) and v is not False}
+        extras |= _overrides(args.get("hparams"))
+        return cls(
+            algorithm,
+            args.get("partition") or default_partition(algorithm),
+            args.get("label") or None,
+            tuple(sorted((key, json.dumps(value, sort_keys=True)) for key, value in extras.items())),
+        )
+
+    @property
+    def name(self) -> str:
+        """The row's name where no other row is near: its label, or the algorithm with all that is not default."""
+        return self.label or self.describe(key for key, _ in self.extras)
+
+    def describe(self, keys: Iterable[str], partition: bool = True) -> str:
+        """``ALG``, ``ALG:partition`` if the partition is not the algorithm's own, and the extras among the keys."""
+        shown = set(keys)
+        other = partition and self.partition != default_partition(self.algorithm)
+        words = [f"{self.algorithm}:{self.partition}" if other else self.algorithm]
+        return " ".join(words + [f"{key}={text.strip(chr(34))}" for key, text in self.extras if key in shown])
+
+
+def _overrides(hparams: Any) -> dict[str, Any]:
+    """The overridden hparams by name, from --hparams as given (JSON) or already parsed."""
+    if isinstance(hparams, str):
+        try:
+            hparams = json.loads(hparams)
+        except ValueError:
+            pass
+    return hparams if isinstance(hparams, dict) else {"hparams": hparams} if hparams else {}
+
+
+def _varying(cell: Collection[Row]) -> set[str]:
+    """The extras in which some of these rows differ."""
+    extras = [dict(row.extras) for row in cell]
+    return {key for some in extras for key in some if len({other.get(key) for other in extras}) > 1}
+
+
+def row_names(cells: Iterable[Collection[Row]], partition: bool = True) -> dict[Row, str]:
+    """A short name for each row, distinct among rows that meet in a cell.
+
+    A name is the row's label; without one it is the algorithm (with its partition, if that is not its own) and
+    those extras in which rows that meet somewhere differ. So what all rows share is not repeated, and rows that
+    never meet, as one draw chosen per dataset, may share a line. Rows of one label that do meet are told apart by
+    what a name without label would say.
+
+    Args:
+        cells: rows that meet, as those of one dataset and its test environments.
+        partition: False for names that stand beside a column of partitions: then only rows of one partition need
+            distinct names, and the partition is not shown.
+    """
+    together = [set(cell) for cell in cells]
+    varying = set().union(*map(_varying, together))
+    names = {row: row.label or row.describe(varying, partition) for cell in together for row in cell}
+    for cell in together:
+        lines = Counter((row.label, partition or row.partition) for row in cell)
+        clashing = [row for row in cell if row.label and lines[row.label, partition or row.partition] > 1]
+        names |= {row: f"{row.label} ({row.describe(varying, partition)})" for row in clashing}
+    return names
+
+
+class Run(NamedTuple):
+    """One training run: the records with the same arguments."""
+
+    row: Row
+    dataset: str
+    test_envs: tuple[int, ...]
+    trial_seed: int
+    hparams_seed: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> "Run":
+        seeds = (args.get(key) or 0 for key in ("trial_seed", "hparams_seed", "seed"))
+        return cls(Row.of(args), args["dataset"], tuple(sorted(args["test_envs"])), *seeds)
+
+    @property
+    def cell(self) -> Cell:
+        """Where its row meets others."""
+        return self.dataset, self.test_envs
+
+
+def runs(records: Iterable[Record]) -> dict[Run, list[Record]]:
+    """The records by run, in order of appearance."""
+    found: dict[Run, list[Record]] = defaultdict(list)
+    for record in records:
+        found[Run.of(record["args"])].append(record)
+    return dict(found)
+
+
+def meeting(found: Iterable[Run]) -> dict[Cell, set[Row]]:
+    """The rows by dataset and test environments."""
+    cells: dict[Cell, set[Row]] = defaultdict(set)
+    for run in found:
+        cells[run.cell].add(run.row)
+    return dict(cells)
+
+
+def replicates(found: Iterable[Run]) -> dict[Run, int]:
+    """The rank of each run's seed among the runs that differ in nothing else.
+
+    It is 0 throughout a random search, where each draw has one seed. Where a draw is trained again with other
+    seeds, runs of equal rank are compared with each other, and the ranks are trials of their own.
+    """
+    seeds: dict[Any, list[int]] = defaultdict(list)
+    for run in found:
+        seeds[run[:-1]].append(run.seed)
+    return {run: sorted(seeds[run[:-1]]).index(run.seed) for run in found}
+
+
+def for_domainbed(records: Iterable[Record]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Records in which "algorithm" is the row's name and "trial_seed" the trial, for DomainBed's tables and methods.
+
+    Returns:
+        The records with args.algorithm and args.trial_seed replaced, and the algorithm of each name. A trial is
+        (trial_seed, replicate).
+    """
+    by_run = runs(records)
+    names, replicate = row_names(meeting(by_run).values()), replicates(by_run)
+    renamed = [
+        {**record, "args": {**record["args"], "algorithm": names[run.row], "trial_seed": (run.trial_seed, replicate[run])}}
+        for run, checkpoints in by_run.items()
+        for record in checkpoints
+    ]
+    return renamed, {name: row.algorithm for row, name in names.items()}

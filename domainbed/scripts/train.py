@@ -1,0 +1,264 @@
+"""Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
+
+import argparse
+import math
+import platform
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainbed import datasets, hparams_registry, partitions, records, run_directory, training
+from domainbed.algorithms import get_algorithm_class
+from domainbed.algorithms.base import Algorithm, Task
+from domainbed.console import Tee, print_row
+from domainbed.datasets.base import (
+    Split,
+    selection_splits,
+    split_environments,
+    training_splits,
+    validation_splits,
+)
+from domainbed.loaders import TrainingLoader
+from domainbed.scripts import BadInput, bad_input, run_cli
+from domainbed.scripts.arguments import DomainBedParser
+from domainbed.seeding import seed_hash
+
+DOMAINBED_FLAGS = (
+    "data_dir", "dataset", "algorithm", "task", "hparams", "hparams_seed", "trial_seed", "seed", "steps",
+    "checkpoint_freq", "test_envs", "output_dir", "holdout_fraction", "uda_holdout_fraction", "skip_model_save",
+    "save_model_every_checkpoint",
+)  # fmt: skip
+TASKS = ("domain_generalization", "domain_adaptation")
+
+
+def parser() -> argparse.ArgumentParser:
+    """DomainBed's flags, then ours, which are off by default."""
+    p = DomainBedParser(DOMAINBED_FLAGS, description=__doc__)
+    p.add_argument("--data_dir", help="directory of the datasets; the embedded ones need none")
+    p.add_argument("--dataset", default="RotatedMNIST")
+    p.add_argument("--algorithm", default="ERM")
+    p.add_argument("--task", default=TASKS[0], choices=TASKS)
+    p.add_argument("--hparams", help='JSON object that overrides hparams, like {"lr": 0.001}')
+    p.add_argument("--hparams_seed", type=int, default=0, help="0: the defaults, else a random draw")
+    p.add_argument("--trial_seed", type=int, default=0, help="of the splits, and of the draw of hparams")
+    p.add_argument("--seed", type=int, default=0, help="of everything else")
+    p.add_argument("--steps", type=int, help="number of updates; default: the dataset's")
+    p.add_argument("--checkpoint_freq", type=int, help="updates between two records; default: the dataset's")
+    p.add_argument("--test_envs", type=int, nargs="+", default=[0], help="environments not trained on")
+    p.add_argument("--output_dir", default="train_output")
+    p.add_argument("--holdout_fraction", type=float, default=0.2)
+    p.add_argument("--uda_holdout_fraction", type=float, default=0, help="for domain adaptation")
+    p.add_argument("--skip_model_save", action="store_true")
+    p.add_argument("--save_model_every_checkpoint", action="store_true")
+    p.add_argument("--partition", help="which examples share a minibatch; default: the algorithm's own")
+    p.add_argument("--label", help="name of the row in tables")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    p.add_argument(
+        "--eval_splits", choices=("all", "selection"), default="all", help="selection: leave out what nothing selects by"
+    )
+    p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
+    p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one training; returns the exit status."""
+    args = vars(parser().parse_args(argv))
+    overwrite = args.pop("overwrite")
+    with bad_input():
+        run_directory.prepare(args["output_dir"])
+    try:
+        with run_directory.lock(args["output_dir"]):
+            return _run(args, overwrite)
+    except run_directory.RunLocked as error:
+        print(f"error: {error}; wait for it, or name another --output_dir", file=sys.stderr)
+        return run_directory.EXIT_LOCKED
+
+
+def _run(args: dict[str, Any], overwrite: bool) -> int:
+    output_dir = Path(args["output_dir"])
+    with bad_input():
+        hparams = _resolve(args)
+        if overwrite:
+            run_directory.clear(output_dir)
+        run_directory.check_same_run(output_dir, args)
+    if run_directory.is_done(output_dir):
+        print(f"already done: {output_dir} (--overwrite runs it again)")
+        return 0
+    run_directory.clear(output_dir)  # an unfinished run of the same arguments starts over, and repeats itself
+    with _kept_output(output_dir):
+        _print_header(args, hparams)
+        with bad_input():
+            run = build(args, hparams)
+        execute(run)
+    run_directory.mark_done(output_dir)
+    return 0
+
+
+def _resolve(args: dict[str, Any]) -> dict[str, Any]:
+    """Checks names and numbers, completes the arguments with the partition, and returns the hparams."""
+    algorithm_class = get_algorithm_class(args["algorithm"])
+    datasets.get_dataset_class(args["dataset"])
+    args["partition"] = args["partition"] or algorithm_class.PARTITION
+    partitions.REGISTRY[args["partition"]]
+    for name in ("steps", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction"):
+        if args[name] is not None and args[name] < 0:
+            raise ValueError(f"--{name} {args[name]}: must not be negative")
+    if max(args["holdout_fraction"], args["uda_holdout_fraction"]) >= 1:
+        raise ValueError("--holdout_fraction and --uda_holdout_fraction are fractions below 1")
+    names = args["algorithm"], args["dataset"]
+    if args["hparams_seed"] == 0:
+        hparams = hparams_registry.default_hparams(*names)
+    else:
+        hparams = hparams_registry.random_hparams(*names, seed_hash(args["hparams_seed"], args["trial_seed"]))
+    overrides = hparams_registry.parse_overrides(args["hparams"])
+    hparams_registry.check_unknown(algorithm_class, args["dataset"], overrides)
+    return hparams | overrides
+
+
+@contextmanager
+def _kept_output(output_dir: Path) -> Iterator[None]:
+    """Copies what is printed to out.txt and err.txt, a traceback too."""
+    out, err = Tee(output_dir / "out.txt"), Tee(output_dir / "err.txt", stream=sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        except Exception as error:
+            err.file.write(f"error: {error}\n" if isinstance(error, BadInput) else traceback.format_exc())
+            raise
+        finally:
+            out.file.close()
+            err.file.close()
+
+
+def _print_header(args: dict[str, Any], hparams: dict[str, Any]) -> None:
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    blocks = {"Environment": {"python": platform.python_version(), **packages}, "Args": args, "HParams": hparams}
+    for title, values in blocks.items():
+        print(f"{title}:")
+        for name, value in sorted(values.items()):
+            print(f"\t{name}: {value}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one training needs."""
+
+    args: dict[str, Any]
+    hparams: dict[str, Any]
+    task: Task
+    algorithm: Algorithm
+    minibatches: TrainingLoader
+    unlabeled: TrainingLoader | None
+    validation: Sequence[Split]
+    plan: training.Plan
+    device: torch.device
+
+
+def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
+    """Builds dataset, splits, loaders and algorithm, in the order in which DomainBed's random numbers are drawn.
+
+    Raises:
+        ValueError, FileNotFoundError: what was asked for doesn't fit together, or files are missing.
+    """
+    seed_everything(args["seed"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset_class, test_envs = datasets.get_dataset_class(args["dataset"]), args["test_envs"]
+    if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
+        raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
+    dataset = dataset_class(args["data_dir"], test_envs, hparams)  # type: ignore[call-arg]
+    fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
+    splits = split_environments(dataset, test_envs, *fractions, trial_seed=args["trial_seed"])
+    validation = validation_splits(dataset, splits, test_envs)
+    if args["keep_best"] and not (dataset.num_confounders > 1 and validation):
+        raise ValueError(f"--keep_best needs groups and validation images; {args['dataset']} as split here lacks them")
+
+    def loader(some: Sequence[Split], partition: str) -> TrainingLoader:
+        return TrainingLoader(
+            some, partitions.REGISTRY[partition], hparams["batch_size"], dataset.num_confounders,
+            args["seed"], hparams["class_balanced"], dataset.N_WORKERS,
+        )  # fmt: skip
+
+    minibatches = loader(training_splits(dataset, splits, test_envs), args["partition"])
+    uda = [split for split in splits if split.kind == "uda"]
+    if args["task"] == "domain_adaptation" and not uda:
+        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction, such as 0.5")
+    task = Task(
+        input_shape=tuple(dataset.input_shape),
+        num_classes=dataset.num_classes,
+        num_domains=len(minibatches.parts),
+        num_confounders=dataset.num_confounders,
+        group_counts=minibatches.group_counts(dataset.num_classes),
+    )
+    algorithm = get_algorithm_class(args["algorithm"]).from_task(task, hparams).to(device)
+    plan = training.Plan(
+        steps=args["steps"] or dataset.N_STEPS,
+        checkpoint_freq=args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ,
+        steps_per_epoch=min(len(split) for split in splits if split.kind == "in") / hparams["batch_size"],
+        splits=splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs),
+        num_classes=dataset.num_classes,
+        num_confounders=dataset.num_confounders,
+        precision=args["precision"],
+        num_workers=dataset.N_WORKERS,
+    )
+    adapts = args["task"] == "domain_adaptation"
+    return Run(
+        args, hparams, task, algorithm, minibatches, loader(uda, "environment") if adapts else None, validation, plan, device
+    )
+
+
+def execute(run: Run) -> None:
+    """Trains; appends the records, prints them, and writes the models."""
+    output_dir, best = Path(run.args["output_dir"]), -math.inf
+    constants = {"hparams": run.hparams, "args": run.args}
+    columns: list[str] = []
+
+    def save(name: str, **more: Any) -> None:
+        training.save_model(output_dir / name, run.algorithm, run.task, run.hparams, run.args, **more)
+
+    unlabeled = None if run.unlabeled is None else ([x for x, _ in step] for step in run.unlabeled)
+    for record in training.train(run.algorithm, iter(run.minibatches), unlabeled, run.plan, run.device):
+        records.append(output_dir / records.RESULTS_FILE, record | constants)
+        columns = print_record(record, columns)
+        if run.args["keep_best"]:
+            pooled = records.pooled(record, [(split.number, split.kind) for split in run.validation])
+            assert pooled is not None  # build() saw to it
+            score = records.aa_wga(*pooled)
+            if score > best:
+                best = score
+                save(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
+        if run.args["save_model_every_checkpoint"]:
+            save(f"model_step{record['step']}.pkl")
+    if not run.args["skip_model_save"]:
+        save(training.MODEL_FILE)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators; deterministic convolutions."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def print_record(record: dict[str, Any], columns: list[str]) -> list[str]:
+    """Prints the record's row, under a header row if its columns are new; per-group numbers stay in the file."""
+    shown = sorted(key for key in record if not records.is_group_key(key))
+    if shown != columns:
+        print_row(shown, colwidth=12)
+    print_row([record[key] for key in shown], colwidth=12)
+    return shown
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,103 @@
+"""The training loop, and the model that it leaves behind."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from domainbed import records
+from domainbed.algorithms.base import Task
+from domainbed.datasets.base import Split
+from domainbed.evaluation import autocast, evaluate
+from domainbed.loaders import Minibatch
+
+MODEL_FILE = "model.pkl"
+BEST_MODEL_FILE = "model_best.pkl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how to train, and what to measure.
+
+    Attributes:
+        steps: number of updates.
+        checkpoint_freq: updates between two records; the last update is always recorded.
+        steps_per_epoch: updates that see as many examples as the smallest in-split has.
+        splits: what is evaluated at each record.
+        num_classes, num_confounders: K and V.
+        precision: "fp32" or "bf16".
+        num_workers: the most processes that open images.
+    """
+
+    steps: int
+    checkpoint_freq: int
+    steps_per_epoch: float
+    splits: Sequence[Split]
+    num_classes: int
+    num_confounders: int
+    precision: str = "fp32"
+    num_workers: int = 0
+
+
+def train(
+    algorithm: Any,
+    minibatches: Iterator[list[Minibatch]],
+    unlabeled: Iterator[list[Tensor]] | None,
+    plan: Plan,
+    device: torch.device,
+) -> Iterator[dict[str, Any]]:
+    """Trains the algorithm and yields one record per checkpoint, while the next steps wait.
+
+    A record holds step, epoch, the means since the last record of what ``update`` returned and of the step's time
+    (seconds, waiting for data included), the accuracies of ``plan.splits`` and the peak of GPU memory.
+    """
+    values = defaultdict(list)
+    for step in range(plan.steps):
+        start = time.perf_counter()
+        batch = [minibatch.to(device) for minibatch in next(minibatches)]
+        extra = None if unlabeled is None else [x.to(device) for x in next(unlabeled)]
+        with autocast(device, plan.precision):
+            step_values = algorithm.update(batch, extra)
+        values["step_time"].append(time.perf_counter() - start)
+        for name, value in step_values.items():
+            values[name].append(float(value))
+
+        if step % plan.checkpoint_freq == 0 or step == plan.steps - 1:
+            record = {"step": step, "epoch": step / plan.steps_per_epoch}
+            record |= {name: float(np.mean(numbers)) for name, numbers in values.items()}
+            record |= measurements(algorithm, plan, device)
+            record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+            values.clear()
+            yield record
+
+
+def measurements(algorithm: Any, plan: Plan, device: torch.device) -> dict[str, float | int]:
+    """The record keys of the accuracies of the plan's splits."""
+    found = evaluate(algorithm, plan.splits, plan.num_confounders, device, plan.precision, plan.num_workers)
+    return records.accuracies(found, plan.num_classes * plan.num_confounders)
+
+
+def save_model(
+    path: str | os.PathLike[str], algorithm: Any, task: Task, hparams: dict[str, Any], args: dict[str, Any], **more: Any
+) -> None:
+    """Writes DomainBed's model.pkl (plus the task) beside its place and moves it there, so no half file is seen."""
+    content = {
+        "args": args,
+        "model_input_shape": task.input_shape,
+        "model_num_classes": task.num_classes,
+        "model_num_domains": task.num_domains,
+        "model_hparams": hparams,
+        "model_dict": algorithm.state_dict(),
+        "task": task.to_dict(),
+        **more,
+    }
+    temporary = Path(f"{os.fspath(path)}.partial")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
