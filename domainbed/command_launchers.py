@@ -26,6 +26,11 @@ from domainbed import registry
 
 Launcher = Callable[..., Any]
 
+
+class Unavailable(RuntimeError):
+    """This machine lacks what a launcher runs commands on."""
+
+
 _POLL_S = 0.05
 _GRACE_S = 30.0  # a training process that is told to end saves its state first
 _SHOWN_FAILURES = 5
@@ -199,11 +204,13 @@ def multi_gpu_launcher(commands: Sequence[str], *, threads: int = 1) -> list[int
     """Runs one command at a time on each GPU; see ``local_launcher``.
 
     Raises:
-        ValueError: there is no GPU.
+        Unavailable: there is no GPU.
     """
     gpus = visible_gpus()
     if not gpus:
-        raise ValueError("multi_gpu launcher: no GPU is visible; see nvidia-smi and CUDA_VISIBLE_DEVICES, or use local")
+        raise Unavailable(
+            "multi_gpu launcher: no GPU is visible; see nvidia-smi and CUDA_VISIBLE_DEVICES, or use local"
+        )
     return local_launcher(commands, workers=len(gpus), threads=threads)
 
 

@@ -89,7 +89,9 @@ def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[
     }
 
 
-def _define_hparam(hparams: dict[str, Any], hparam_name: str, default_val: Any, random_val_fn: Callable[..., Any]) -> None:
+def _define_hparam(
+    hparams: dict[str, Any], hparam_name: str, default_val: Any, random_val_fn: Callable[..., Any]
+) -> None:
     """Adds one hparam to a table such as ``SHARED``: its default and how to draw it from a RandomState."""
     hparams[hparam_name] = (default_val, random_val_fn)
 

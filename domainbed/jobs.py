@@ -19,12 +19,10 @@ from domainbed.seeding import seed_hash
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = ("label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save")
 
-Launcher = Callable[..., Any]
-
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the tables: an algorithm, and what tells it from other rows of the same algorithm.
+class SweepRow:
+    """What becomes one row of the tables: an algorithm, and what tells it from other rows of the same algorithm.
 
     Attributes:
         algorithm: its name.
@@ -39,7 +37,7 @@ class Row:
     hparams: Mapping[str, Any] | None = None
 
     @classmethod
-    def parse(cls, entry: str) -> "Row":
+    def parse(cls, entry: str) -> "SweepRow":
         """The row meant by ``"NAME"`` or ``"NAME:partition"``."""
         algorithm, _, partition = entry.partition(":")
         return cls(algorithm, partition or None)
@@ -146,7 +144,7 @@ def make_args_list(
     single_test_envs: bool,
     hparams: str | None,
     *,
-    rows: Sequence[Row] = (),
+    rows: Sequence[SweepRow] = (),
     test_envs_list: Sequence[Sequence[int]] | None = None,
     **extras: Any,
 ) -> list[dict[str, Any]]:
@@ -170,7 +168,7 @@ def make_args_list(
     if unknown := extras.keys() - set(EXTRAS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
     test_envs = {name: dataset_test_envs(name, single_test_envs, test_envs_list) for name in dataset_names}
-    row_args = [row.train_args(hparams) for row in (*map(Row.parse, algorithms), *rows)]
+    row_args = [row.train_args(hparams) for row in (*map(SweepRow.parse, algorithms), *rows)]
     _check_data_dir(data_dir, dataset_names)
     optional = {"steps": steps, "data_dir": data_dir, **extras}
     shared = {key: value for key, value in optional.items() if value is not None and value is not False}
@@ -258,13 +256,13 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip()), "(err.txt says nothing)")
 
     @staticmethod
-    def launch(jobs: Sequence["Job"], launcher_fn: Launcher) -> Outcome | None:
+    def launch(jobs: Sequence["Job"], launcher_fn: Callable[[list[str]], Any]) -> Outcome | None:
         """Makes the jobs' directories and hands their commands, shuffled, to the launcher.
 
         Returns:
             What became of them; None where the launcher returns no exit codes, as those that only submit.
         """
-        print("Launching...")
+        print("Launching...", flush=True)  # the launcher may take days
         jobs = list(jobs)
         np.random.shuffle(jobs)  # type: ignore[arg-type]  # mixes long and short jobs
         for job in jobs:

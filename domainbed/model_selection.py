@@ -162,15 +162,13 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         if len(singles) != 1:
             return None
         (test_env,) = singles[0]["args"]["test_envs"]
-        found = {}
+        test_key = keys.acc_key(test_env, "in")
+        found = {test_key: singles[0][test_key]} if test_key in singles[0] else {}
         for record in records.filter(lambda record: len(record["args"]["test_envs"]) == 2):
-            left_out = set(record["args"]["test_envs"]) - {test_env}
-            found |= {env: record.get(keys.acc_key(env, "in")) for env in left_out}
-        val_accs = [found.get(env) for env in _held_out(singles[0]) if env != test_env]
-        test_acc = singles[0].get(keys.acc_key(test_env, "in"))
-        if not val_accs or None in val_accs or test_acc is None:
-            return None
-        return {"val_acc": float(np.mean(val_accs)), "test_acc": test_acc}
+            other_keys = [keys.acc_key(env, "in") for env in record["args"]["test_envs"] if env != test_env]
+            found |= {key: record[key] for key in other_keys if key in record}
+        others = [env for env in _held_out(singles[0]) if env != test_env]
+        return _accs(found, [keys.acc_key(env, "in") for env in others], test_key)
 
 
 def _held_out(record: Record) -> Iterable[int]:

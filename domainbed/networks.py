@@ -180,7 +180,7 @@ class ResNet(nn.Module):
     """ResNet-18 or -50 without its last layer: (B, C, H, W) -> (B, 512) or (B, 2048).
 
     Source: He et al. 2016, https://arxiv.org/abs/1512.03385; weights from torchvision (IMAGENET1K_V1) or, for
-        ``resnet50_augmix``, timm's ``resnet50.ram_in1k`` (https://arxiv.org/abs/2110.00476, AugMix).
+        ``resnet50_augmix``, timm's ``resnet50.ram_in1k`` (AugMix, https://arxiv.org/abs/1912.02781).
     Differs: ``resnet18: true`` wins over ``resnet50_augmix``; ``train`` returns the module.
 
     Args:

@@ -153,7 +153,9 @@ def _plain(value: Any) -> Any:
     """JSON for numpy scalars (a 0-d array or scalar has ``item``)."""
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"a record holds {type(value).__name__} {value!r}; only numbers, strings, lists and dicts are allowed")
+    raise TypeError(
+        f"a record holds {type(value).__name__} {value!r}; only numbers, strings, lists and dicts are allowed"
+    )
 
 
 def dumps(record: Mapping[str, Any]) -> str:

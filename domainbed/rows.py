@@ -1,5 +1,6 @@
 """Records -> which run, and which row of a table, they belong to."""
 
+import contextlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -83,10 +84,8 @@ class Row:
 def _overrides(hparams: Any) -> dict[str, Any]:
     """The overridden hparams by name, from --hparams as given (JSON) or already parsed."""
     if isinstance(hparams, str):
-        try:
+        with contextlib.suppress(ValueError):  # then it shows as it is
             hparams = json.loads(hparams)
-        except ValueError:
-            pass
     return hparams if isinstance(hparams, dict) else {"hparams": hparams} if hparams else {}
 
 
@@ -178,7 +177,10 @@ def for_domainbed(records: Iterable[Record]) -> tuple[list[dict[str, Any]], dict
     by_run = runs(records)
     names, replicate = row_names(meeting(by_run).values()), replicates(by_run)
     renamed = [
-        {**record, "args": {**record["args"], "algorithm": names[run.row], "trial_seed": (run.trial_seed, replicate[run])}}
+        {
+            **record,
+            "args": {**record["args"], "algorithm": names[run.row], "trial_seed": (run.trial_seed, replicate[run])},
+        }
         for run, checkpoints in by_run.items()
         for record in checkpoints
     ]

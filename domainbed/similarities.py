@@ -27,7 +27,7 @@ Similarity: TypeAlias = Callable[..., Tensor]
 REGISTRY: Registry[Similarity] = Registry("similarity")
 
 EPS = 1e-8  # in denominators and under logarithms
-ROOT_EPS = 1e-12  # under roots: the slope of a square root at 0 is infinite
+ROOT_EPS = 1e-12  # least argument of a square root, whose slope at 0 is infinite
 
 
 def normalise(maps: Tensor, how: str) -> Tensor:
@@ -115,14 +115,14 @@ def soft_dice(a: Tensor, b: Tensor) -> Tensor:
 def js_distance(p: Tensor, q: Tensor) -> Tensor:
     """Negative Jensen-Shannon distance: ``-sqrt((KL(p | m) + KL(q | m)) / 2)``, ``m = (p + q) / 2``, in nats.
 
-    In [-sqrt(ln 2), 0], the lower end if disjoint. Rounding can leave the divergence of nearly equal maps just
-    below zero, hence the clamp.
+    In [-sqrt(ln 2), 0], the lower end if disjoint. The divergence of equal maps is 0, where a root has an infinite
+    slope, and rounding can leave it just below; hence the clamp.
 
     Source: eX2L, equations 24 and 25.
     """
     log_m = ((p + q) / 2 + EPS).log()
     divergence = (p * ((p + EPS).log() - log_m) + q * ((q + EPS).log() - log_m)).sum(1) / 2
-    return -(divergence.clamp_min(0) + ROOT_EPS).sqrt()
+    return -divergence.clamp_min(ROOT_EPS).sqrt()
 
 
 @similarity(normalisation="max")

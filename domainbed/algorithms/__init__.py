@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
     """Classes of algorithms_ex2l, of plugins, or registered later."""
     if name in REGISTRY:
         return REGISTRY[name]
-    raise AttributeError(f"module 'domainbed.algorithms' has no attribute {name!r}; algorithms: {', '.join(ALGORITHMS)}")
+    raise AttributeError(f"module 'domainbed.algorithms' has no attribute {name!r}; algorithms: {ALGORITHMS}")
 
 
 globals().update(registry.import_modules("algorithms"))

@@ -46,7 +46,8 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Task":
-        return cls(**{key: tuple(v) if isinstance(v, list | tuple) else v for key, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 class Algorithm(nn.Module):

@@ -107,7 +107,7 @@ class AbstractDANN(Algorithm):
         """Scalar loss of the discriminator on features (N, D) with labels y (N,) from the minibatches parts (N,)."""
         seen = features + self.class_embeddings(y) if self.conditional else features
         losses = F.cross_entropy(self.discriminator(seen), parts, reduction="none")
-        loss = (losses * self._class_weights(y)).sum() if self.class_balance else losses.mean()
+        loss = (losses / self._class_sizes(y)).sum() if self.class_balance else losses.mean()
         weight = self.hparams["grad_penalty"]
         if weight == 0:
             return loss
@@ -115,10 +115,10 @@ class AbstractDANN(Algorithm):
         return loss + weight * gradient.square().sum(1).mean()
 
     @staticmethod
-    def _class_weights(y: Tensor) -> Tensor:
-        """(N,) weights that give each present class the sum 1 / (largest label + 1), DomainBed's count of classes."""
+    def _class_sizes(y: Tensor) -> Tensor:
+        """(N,) how often each label occurs, times the largest label + 1, which is DomainBed's count of classes."""
         counts = F.one_hot(y).sum(0)
-        return 1 / (counts[y] * len(counts))
+        return counts[y] * len(counts)
 
     def predict(self, x: Tensor) -> Tensor:
         return self.classifier(self.featurizer(x))

@@ -1,6 +1,7 @@
 """ColoredMNIST and RotatedMNIST, with colour and angle as confounders."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,14 @@ from torch.utils.data import TensorDataset
 
 from domainbed.datasets.base import InMemoryEnvironment, MultipleDomainDataset, register
 
-FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def load_mnist(root: str | None) -> tuple[Tensor, Tensor]:
     """The 70,000 digits, training files first, downloaded to ``root/MNIST/raw`` where they are missing.
 
     Returns:
-        Images (70000, 28, 28) uint8 and labels (70000,) int64.
+        Images (N, 28, 28) uint8 and labels (N,) int64.
 
     Raises:
         ValueError: no root, or a damaged file.
@@ -28,16 +29,17 @@ def load_mnist(root: str | None) -> tuple[Tensor, Tensor]:
         raise ValueError("MNIST needs --data_dir: the directory that holds (or shall hold) MNIST/raw")
     from torchvision.datasets import MNIST  # seconds to import
 
+    raw = Path(root, "MNIST", "raw")
     try:
         parts = [MNIST(root, train=train, download=True) for train in (True, False)]
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{root}/MNIST/raw lacks files and they can't be downloaded; put there: {FILES}") from error
-    except (ValueError, AssertionError, EOFError, IndexError) as error:
-        raise ValueError(f"a file in {root}/MNIST/raw is damaged ({error}); replace it; needed are: {FILES}") from error
-    images, digits = torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts])
-    if images.shape != (70000, 28, 28) or digits.shape != (70000,):
-        found = f"images {tuple(images.shape)} and labels {tuple(digits.shape)}"
-        raise ValueError(f"{root}/MNIST/raw holds {found}, not the 70000 digits of MNIST; replace the files: {FILES}")
+        images, digits = torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts])
+        if images.shape != (len(digits), 28, 28):
+            raise ValueError(f"{tuple(images.shape)} images, {len(digits)} labels")
+    except (RuntimeError, ValueError, AssertionError, EOFError, IndexError, OSError) as error:
+        missing = [name for name in FILES if not (raw / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}, and downloading failed; put them there") from error
+        raise ValueError(f"a file in {raw} is damaged ({error}); replace it: {', '.join(FILES)}") from error
     return images, digits
 
 

@@ -204,7 +204,7 @@ def pdb() -> None:
 class MovingAverage:
     """Exponential moving averages of named tensors, through which the newest values keep their gradient.
 
-    Source: Rame et al. 2022, Fishr, https://arxiv.org/abs/2109.02934 (section on implementation).
+    Source: Rame et al. 2022, Fishr, https://arxiv.org/abs/2109.02934.
 
     Args:
         ema: weight of the past in [0, 1).

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-_BARE_PERCENT = re.compile(r"%(?![(%])")
+_PERCENT = re.compile(r"(%%|%\()|%")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Shows defaults, and lets a help text hold a plain percent sign."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = _BARE_PERCENT.sub("%%", action.help or "")
+        text = _PERCENT.sub(lambda found: found[1] or "%%", action.help or "")
         silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))  # 0 is worth showing
         return text if silent else f"{text} (default: %(default)s)"
 

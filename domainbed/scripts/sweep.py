@@ -17,8 +17,8 @@ from dataclasses import fields
 from typing import Any
 
 from domainbed import command_launchers, registry, run_directory
-from domainbed.jobs import EXTRAS, Job, Outcome, Row, all_test_env_combinations, make_args_list, make_jobs
-from domainbed.scripts import bad_input, run_cli
+from domainbed.jobs import EXTRAS, Job, Outcome, SweepRow, all_test_env_combinations, make_args_list, make_jobs
+from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 
 __all__ = ["Job", "all_test_env_combinations", "ask_for_confirmation", "main", "make_args_list"]
@@ -93,7 +93,7 @@ def make_parser() -> DomainBedParser:
     return parser
 
 
-def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[Row]]:
+def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[SweepRow]]:
     """A sweep file as command-line words and rows.
 
     Args:
@@ -115,16 +115,16 @@ def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[Ro
     return [word for key, value in values.items() for word in _as_words(key, value)], rows
 
 
-def _row(path: str, entry: Any) -> Row:
+def _row(path: str, entry: Any) -> SweepRow:
     if not isinstance(entry, dict) or not isinstance(entry.get("algorithm"), str):
         raise ValueError(f"{path}: each [[rows]] must be a table that names an algorithm; got {entry}")
-    known = [field.name for field in fields(Row)]
+    known = [field.name for field in fields(SweepRow)]
     for key in entry:
         if key not in known:
             raise ValueError(f"{path}: {registry.not_found('key of [[rows]]', key, known)}")
     if not isinstance(entry.get("hparams", {}), dict):
         raise ValueError(f"{path}: hparams of a row must be a table; got {entry['hparams']}")
-    return Row(**entry)
+    return SweepRow(**entry)
 
 
 def _as_words(key: str, value: Any) -> list[str]:
@@ -146,7 +146,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    rows: list[Row] = []
+    rows: list[SweepRow] = []
     if args.sweep_file:
         words, rows = read_sweep_file(args.sweep_file, parser.flags())
         rows = rows if args.algorithms is None else []
@@ -209,7 +209,11 @@ def print_jobs(jobs: Sequence[Job]) -> None:
 
 
 def launch(jobs: Sequence[Job], args: argparse.Namespace, launcher: command_launchers.Launcher) -> int:
-    """Launches what is neither done nor running; returns 1 if a job failed."""
+    """Launches what is neither done nor running; returns 1 if a job failed.
+
+    Raises:
+        BadInput: the output directory can't be used, or the launcher lacks what it runs on.
+    """
     fresh = [job for job in jobs if job.state == Job.NOT_LAUNCHED]
     incomplete = [job for job in jobs if job.state == Job.INCOMPLETE]
     again = [job for job in incomplete if not job.is_running()]
@@ -228,6 +232,8 @@ def launch(jobs: Sequence[Job], args: argparse.Namespace, launcher: command_laun
     except KeyboardInterrupt:
         print("Interrupted; launch again to go on.")
         return 130
+    except command_launchers.Unavailable as error:
+        raise BadInput(str(error)) from error
     return 0 if outcome is None else report(outcome)
 
 

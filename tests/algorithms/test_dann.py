@@ -18,7 +18,9 @@ def slow_disc_loss(cross_entropy, discriminator, seen, parts, labels, weight, ba
 
 @pytest.mark.parametrize("name", ["DANN", "CDANN"])
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
-def test_updates_equal_a_written_out_game(build, minibatches, slow_network, slow_mlp, slow_adam, cross_entropy, name, penalty):
+def test_updates_equal_a_written_out_game(
+    build, minibatches, slow_network, slow_mlp, slow_adam, cross_entropy, name, penalty
+):
     hparams = {"lambda": 0.8, "grad_penalty": penalty, "d_steps_per_g_step": 2} | ADVERSARIAL
     dann = build(name, **hparams)
     slow, discriminator = slow_network(dann), slow_mlp(dann.discriminator)

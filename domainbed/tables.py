@@ -1,0 +1,287 @@
+"""Records -> text: DomainBed's tables, and the table of average and worst-group accuracy."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from domainbed import records as keys
+from domainbed import registry
+from domainbed.lib.query import Q
+from domainbed.lib.reporting import get_grouped_records
+from domainbed.model_selection import CRITERIA, Choice, SelectionMethod, choose
+from domainbed.rows import Cell, Row, declared, for_domainbed, meeting, row_names, runs
+
+Record = Mapping[str, Any]
+
+MISSING = "X"
+LATEX_PLUS_MINUS = r"$\pm$"
+LATEX_SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\~{}",
+    "^": r"\^{}",
+    "±": LATEX_PLUS_MINUS,
+}
+
+
+def escape(text: object) -> str:
+    """The text as LaTeX shows it."""
+    return "".join(LATEX_SPECIAL.get(character, character) for character in str(text))
+
+
+def document(body: str, title: str, comment: str) -> str:
+    """A LaTeX file that compiles as it is."""
+    head = [r"\documentclass{article}", r"\usepackage{booktabs}", r"\usepackage{adjustbox}", r"\begin{document}"]
+    return "\n".join([*head, rf"\section{{{title}}}", f"% {comment}", body + r"\end{document}", ""])
+
+
+def _line(cells: Iterable[object], colwidth: int, latex: bool) -> str:
+    """What ``console.print_row`` prints, but a cell is never cut in LaTeX, where that could lose a brace."""
+    if latex:
+        return " & ".join(str(cell).ljust(colwidth) for cell in cells) + " \\\\"
+    return "  ".join(str(cell).ljust(colwidth)[:colwidth] for cell in cells) + " "
+
+
+def _tabular(header: Sequence[str], body: Sequence[Sequence[str]], colwidth: int) -> list[str]:
+    """A LaTeX table scaled to the page; the body's first column holds plain text, the others LaTeX."""
+    return [
+        r"\begin{center}",
+        r"\adjustbox{max width=\textwidth}{%",
+        rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}",
+        r"\toprule",
+        _line([rf"\textbf{{{escape(label)}}}" for label in header], colwidth, latex=True),
+        r"\midrule",
+        *(_line([escape(label), *cells], colwidth, latex=True) for label, *cells in body),
+        r"\bottomrule",
+        r"\end{tabular}}",
+        r"\end{center}",
+    ]
+
+
+def table_text(
+    table: Sequence[Sequence[Any]],
+    header_text: str,
+    row_labels: Sequence[str],
+    col_labels: Sequence[str],
+    colwidth: int = 10,
+    latex: bool = True,
+) -> str:
+    """A table in DomainBed's layout, after an empty line.
+
+    Args:
+        table: the cells, without labels.
+        header_text: title of the text table.
+        col_labels: one more than the columns of ``table``; the first one stands over the row labels.
+        colwidth: characters of a column; longer cells are cut (not in LaTeX).
+    """
+    body = [[label, *row] for label, row in zip(row_labels, table, strict=True)]
+    if latex:
+        lines = _tabular(list(col_labels), body, colwidth)
+    else:
+        lines = [f"-------- {header_text}", *(_line(row, colwidth, latex=False) for row in [col_labels, *body])]
+    return "\n".join(["", *lines, ""])
+
+
+def format_mean(data: Iterable[float], latex: bool) -> tuple[float | None, float | None, str]:
+    """Mean and standard error (population sd over sqrt(n)) in percent, and both as a cell; "X" for no data."""
+    values = np.array(list(data), dtype=float)
+    if not len(values):
+        return None, None, MISSING
+    mean, error = 100 * values.mean(), 100 * np.std(values / np.sqrt(len(values)))
+    return float(mean), float(error), f"{mean:.1f} {LATEX_PLUS_MINUS if latex else '+/-'} {error:.1f}"
+
+
+def _row_average(means: Sequence[float | None]) -> str:
+    known = [mean for mean in means if mean is not None]
+    return f"{sum(known) / len(known):.1f}" if known and len(known) == len(means) else MISSING
+
+
+def in_order(package: str, present: Iterable[str]) -> list[str]:
+    """Names of "algorithms" or "datasets": DomainBed's order, then our own, then unknown ones as they appear."""
+    found = list(dict.fromkeys(present))
+    known = dict.fromkeys([*registry.order(package), *registry.names(package)])
+    return [name for name in known if name in found] + [name for name in found if name not in known]
+
+
+def columns(dataset: str, records: Iterable[Record]) -> dict[int, str]:
+    """The test environments that a dataset's table shows, with their names.
+
+    All environments of a dataset without TEST_ENVS; else these and what else was tested on. A dataset without a
+    class shows env0, env1, ... as far as its records know environments.
+    """
+    own = [record for record in records if record["args"]["dataset"] == dataset]
+    names = declared("datasets", dataset, "ENVIRONMENTS")
+    if names is None:
+        known = [env for record in own for split in ("in", "out") for env in keys.environments(record, split)]
+        names = [f"env{env}" for env in range(max(known, default=-1) + 1)]
+    shown = declared("datasets", dataset, "TEST_ENVS")
+    tested = sorted({env for record in own for env in record["args"]["test_envs"]})
+    envs = dict.fromkeys([*(range(len(names)) if shown is None else shown), *tested])
+    return {env: names[env] if env < len(names) else f"env{env}" for env in envs}
+
+
+Accs = dict[tuple[str, str], dict[Any, dict[int, float]]]  # (row name, dataset) -> trial -> test environment -> acc
+
+
+def _sweep_accs(records: Q, method: type[SelectionMethod]) -> Accs:
+    accs: Accs = {}
+    for group in get_grouped_records(records):
+        acc = method.sweep_acc(group["records"])
+        if acc is not None:
+            trials = accs.setdefault((group["algorithm"], group["dataset"]), {})
+            trials.setdefault(group["trial_seed"], {})[group["test_env"]] = acc
+    return accs
+
+
+def _dataset_rows(accs: Accs, names: Sequence[str], dataset: str, envs: Iterable[int], latex: bool) -> list[list[str]]:
+    rows = []
+    for name in names:
+        trials = accs.get((name, dataset), {}).values()
+        cells = [format_mean([trial[env] for trial in trials if env in trial], latex) for env in envs]
+        rows.append([*(cell for _, _, cell in cells), _row_average([mean for mean, _, _ in cells])])
+    return rows
+
+
+def _average_rows(accs: Accs, names: Sequence[str], datasets: Sequence[str], latex: bool) -> list[list[str]]:
+    rows = []
+    for name in names:
+        trials = [accs.get((name, dataset), {}).values() for dataset in datasets]
+        cells = [format_mean([float(np.mean(list(trial.values()))) for trial in some], latex) for some in trials]
+        rows.append([*(cell for _, _, cell in cells), _row_average([mean for mean, _, _ in cells])])
+    return rows
+
+
+def _line_names(algorithms: Mapping[str, str]) -> list[str]:
+    """Row names in the order of their algorithms; the plain name first, then by name."""
+    rank = {name: position for position, name in enumerate(in_order("algorithms", algorithms.values()))}
+    return sorted(algorithms, key=lambda name: (rank[algorithms[name]], name != algorithms[name], name))
+
+
+def results_tables(records: Iterable[Record], method: type[SelectionMethod], latex: bool) -> str:
+    """DomainBed's tables of one selection method: one per dataset, then the averages.
+
+    Lines are rows (``rows.row_names``), so that runs with other settings are never averaged together.
+    """
+    renamed, algorithms = for_domainbed(records)
+    names = _line_names(algorithms)
+    datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
+    accs = _sweep_accs(Q(renamed), method)
+    text = ""
+    for dataset in datasets:
+        envs = columns(dataset, renamed)
+        text += f"\n\\subsubsection{{{escape(dataset)}}}\n" if latex else ""
+        header = f"Dataset: {dataset}, model selection method: {method.name}"
+        cells = _dataset_rows(accs, names, dataset, envs, latex)
+        text += table_text(cells, header, names, ["Algorithm", *envs.values(), "Avg"], 20, latex)
+    text += "\n\\subsubsection{Averages}\n" if latex else ""
+    header = f"Averages, model selection method: {method.name}"
+    averages = _average_rows(accs, names, datasets, latex)
+    return text + table_text(averages, header, names, ["Algorithm", *datasets, "Avg"], 25, latex)
+
+
+def domainbed_tables(records: Iterable[Record], methods: Iterable[type[SelectionMethod]], latex: bool) -> str:
+    """All that DomainBed's collector prints: the number of records, then the tables of each method."""
+    records = list(records)
+    count = f"Total records: {len(records)}"
+    if not latex:
+        return f"{count}\n" + "".join(results_tables(records, method, latex) for method in methods)
+    body = "".join(
+        f"\n\\subsection{{Model selection: {method.name}}}\n{results_tables(records, method, latex)}"
+        for method in methods
+    )
+    return document(body, "Full DomainBed results", count)
+
+
+# The table of groups.
+
+CRITERION_TITLES = {"aa_wga": "(AA + WGA) / 2", "wga": "WGA"}
+SAMPLING = {  # the paper's words for the partitions, in its order
+    "random": "Random",
+    "environment": "Uniform Env.",
+    "group": "Uniform Group",
+    "confounder": "Uniform Confounder",
+}
+
+
+def _group_cell(values: Sequence[float], most: int, latex: bool) -> str:
+    """Mean and sd (ddof 1) in percent; the number of trials where it is less than the table's most."""
+    if not values:
+        return MISSING
+    cell = f"{100 * np.mean(values):.1f}"
+    if len(values) > 1:
+        cell += f" {LATEX_PLUS_MINUS if latex else '±'} {100 * np.std(values, ddof=1):.1f}"
+    return cell if len(values) == most else f"{cell} (n={len(values)})"
+
+
+def group_tables(records: Iterable[Record], latex: bool = False) -> str:
+    """A table of AA and WGA on the test environments for each group-aware criterion; empty without groups."""
+    grouped = [record for record in records if keys.has_groups(record)]
+    if not grouped:
+        return ""
+    text = "".join(_group_table(grouped, criterion, latex) for criterion in CRITERIA)
+    return document(text, "Average and worst-group accuracy", f"Total records: {len(grouped)}") if latex else text
+
+
+def _group_columns(cells: Iterable[Cell]) -> dict[Cell, str]:
+    """Titles by dataset and test environments, which are named where a dataset was tested on several."""
+    cells = sorted(cells)
+    several = {dataset for dataset, _ in cells if sum(dataset == other for other, _ in cells) > 1}
+    ordered = [cell for dataset in in_order("datasets", (d for d, _ in cells)) for cell in cells if cell[0] == dataset]
+    return {
+        (dataset, envs): f"{dataset}[{','.join(map(str, envs))}]" if dataset in several else dataset
+        for dataset, envs in ordered
+    }
+
+
+def _group_lines(names: Mapping[Row, str]) -> list[tuple[str, str]]:
+    """The lines (name, partition) in order: by name as in DomainBed's tables, then as the paper has the partitions."""
+    place = {
+        name: position
+        for position, name in enumerate(_line_names({name: row.algorithm for row, name in names.items()}))
+    }
+    order = [*SAMPLING, *sorted({row.partition for row in names} - SAMPLING.keys())]
+    return sorted(
+        {(name, row.partition) for row, name in names.items()}, key=lambda line: (place[line[0]], order.index(line[1]))
+    )
+
+
+def _group_table(records: Sequence[Record], criterion: str, latex: bool) -> str:
+    met = meeting(runs(records))
+    names, titles = row_names(met.values(), partition=False), _group_columns(met)
+    trials: dict[tuple[tuple[str, str], Cell], list[Choice]] = {}
+    for choice in choose(records, criterion):
+        row = choice.run.row
+        trials.setdefault(((names[row], row.partition), choice.run.cell), []).append(choice)
+    most = max(map(len, trials.values()), default=0)
+
+    body = []
+    for name, partition in _group_lines(names):
+        body.append([name, SAMPLING.get(partition, partition)])
+        for cell in titles:
+            chosen = trials.get(((name, partition), cell), [])
+            body[-1] += [
+                _group_cell([getattr(c.test, metric) for c in chosen], most, latex) for metric in ("aa", "wga")
+            ]
+    header = ["Algorithm", "Sampling", *(f"{title} {metric}" for title in titles.values() for metric in ("AA", "WGA"))]
+    return _group_text(header, body, _caption(criterion, most), latex)
+
+
+def _caption(criterion: str, most: int) -> list[str]:
+    """What the table's numbers are: a title and a sentence."""
+    spread = f"mean ± sample sd (ddof 1) over {most} seeds" if most > 1 else "one seed"
+    return [
+        f"Average (AA) and worst-group (WGA) accuracy, model selection: {CRITERION_TITLES[criterion]} on validation",
+        f"Percent; {spread}; (n=...) where there are fewer; X: none. "
+        "Rows with unfinished runs are counted as they are.",
+    ]
+
+
+def _group_text(header: Sequence[str], body: Sequence[Sequence[str]], caption: Sequence[str], latex: bool) -> str:
+    """The table under its caption, columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    if latex:
+        lines = [escape(" ".join(caption)), *_tabular(header, body, max(widths))]
+    else:
+        rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [header, *body]]
+        lines = [f"-------- {caption[0]}", caption[1], *rows]
+    return "\n".join(["", *lines, ""])

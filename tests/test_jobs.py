@@ -1,0 +1,290 @@
+"""Jobs against DomainBed's rules written out by hand, and their states on disk."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from domainbed import jobs, registry, run_directory
+from domainbed.jobs import Job, SweepRow, make_args_list, make_jobs
+
+GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed and the directory, the command's flags
+    (
+        {"data_dir": "./data"},
+        "('Debug28', 'ERM', [0], 0, 0)",
+        '{"algorithm": "ERM", "data_dir": "./data", "dataset": "Debug28", "holdout_fraction": 0.2, "hparams_seed": 0, '
+        '"seed": SEED, "task": "domain_generalization", "test_envs": [0], "trial_seed": 0}',
+        "--algorithm ERM --data_dir ./data --dataset Debug28 --holdout_fraction 0.2 --hparams_seed 0 "
+        "--output_dir out/HASH --seed SEED --task domain_generalization --test_envs 0 --trial_seed 0",
+    ),
+    (
+        {"data_dir": "/a b", "hparams": '{"lr": 0.1}', "steps": 5, "envs": [[1, 2]], "hparams_seed": 3},
+        "('Debug28', 'ERM', [1, 2], 3, 0)",
+        '{"algorithm": "ERM", "data_dir": "/a b", "dataset": "Debug28", "holdout_fraction": 0.2, '
+        '"hparams": "{\\"lr\\": 0.1}", "hparams_seed": 3, "seed": SEED, "steps": 5, '
+        '"task": "domain_generalization", "test_envs": [1, 2], "trial_seed": 0}',
+        "--algorithm ERM --data_dir '/a b' --dataset Debug28 --holdout_fraction 0.2 --hparams '{\"lr\": 0.1}' "
+        "--hparams_seed 3 --output_dir out/HASH --seed SEED --steps 5 --task domain_generalization --test_envs 1 2 "
+        "--trial_seed 0",
+    ),
+    (
+        {"algorithms": ["IRM:random"], "label": "mixed", "skip_model_save": True},
+        "('Debug28', 'IRM', [0], 0, 0)",
+        '{"algorithm": "IRM", "dataset": "Debug28", "holdout_fraction": 0.2, "hparams_seed": 0, "label": "mixed", '
+        '"partition": "random", "seed": SEED, "skip_model_save": true, "task": "domain_generalization", '
+        '"test_envs": [0], "trial_seed": 0}',
+        "--algorithm IRM --dataset Debug28 --holdout_fraction 0.2 --hparams_seed 0 --label mixed "
+        "--output_dir out/HASH --partition random --seed SEED --skip_model_save --task domain_generalization "
+        "--test_envs 0 --trial_seed 0",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def declared(monkeypatch):
+    """Two algorithms and five datasets, in place of those that the package happens to have."""
+    facts = {
+        "algorithms": {"ERM": {}, "IRM": {}, "Mixer": {"PARTITION": "random"}},
+        "datasets": {
+            "Debug28": {"ENVIRONMENTS": ("0", "1", "2"), "NEEDS_DATA_DIR": False},
+            "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"]},
+            "Two": {"ENVIRONMENTS": ("a", "b")},
+            "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,)},
+            "Own": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (2,), "NEEDS_DATA_DIR": False},
+        },
+    }
+
+    def attribute(package, name, attribute, default=None):
+        if name not in facts[package]:
+            raise NotImplementedError(registry.not_found(package[:-1], name, facts[package]))
+        return facts[package][name].get(attribute, default)
+
+    monkeypatch.setattr(registry, "attribute", attribute)
+    monkeypatch.setattr(registry, "order", lambda package: ("Debug28", "Four", "Two", "Old"))
+
+
+def grid(datasets=("Debug28",), algorithms=("ERM",), data_dir=None, hparams=None, steps=None, single=True, **extras):
+    return make_args_list(
+        1, datasets, algorithms, 0, 1, steps, data_dir, "domain_generalization", 0.2, single, hparams, **extras
+    )
+
+
+@pytest.mark.parametrize(("given", "seeded", "hashed", "flags"), GOLDEN, ids=["plain", "overrides", "own"])
+def test_directory_seed_and_command_are_domainbeds(given, seeded, hashed, flags):
+    given = {"algorithms": ["ERM"], "data_dir": None, "hparams": None, "steps": None, "envs": [[0]], **given}
+    first = given.pop("hparams_seed", 0)
+    seed = str(int(hashlib.md5(seeded.encode()).hexdigest(), 16) % 2**31)
+    name = hashlib.md5(hashed.replace("SEED", seed).encode()).hexdigest()
+
+    [args] = make_args_list(
+        1, ["Debug28"], given.pop("algorithms"), first, first + 1, given.pop("steps"), given.pop("data_dir"),
+        "domain_generalization", 0.2, False, given.pop("hparams"), test_envs_list=given.pop("envs"), **given,
+    )  # fmt: skip
+    job = Job(args, "out")
+
+    assert job.output_dir == f"out/{name}"
+    expected = flags.replace("SEED", seed).replace("HASH", name)
+    assert job.command_str == f"python -m domainbed.scripts.train {expected}"
+    assert job.train_args == {**json.loads(hashed.replace("SEED", seed)), "output_dir": f"out/{name}"}
+
+
+def test_directory_name_as_recorded():
+    [args] = grid(data_dir="./data", test_envs_list=[[0]])
+    assert args["seed"] == 896409087
+    assert jobs.directory_name(args) == "ede83378d19c67447f2f010c4efa6f08"
+
+
+def test_order_is_trial_dataset_row_environments_hparams():
+    args_list = make_args_list(
+        2, ["Debug28", "Own"], ["ERM", "IRM"], 1, 3, None, None, "domain_generalization", 0.2, True, None
+    )
+    found = [(a["trial_seed"], a["dataset"], a["algorithm"], a["test_envs"], a["hparams_seed"]) for a in args_list]
+    assert found[:8] == [
+        (0, "Debug28", "ERM", [0], 1), (0, "Debug28", "ERM", [0], 2), (0, "Debug28", "ERM", [1], 1),
+        (0, "Debug28", "ERM", [1], 2), (0, "Debug28", "ERM", [2], 1), (0, "Debug28", "ERM", [2], 2),
+        (0, "Debug28", "IRM", [0], 1), (0, "Debug28", "IRM", [0], 2),
+    ]  # fmt: skip
+    assert [entry[0] for entry in found] == [0] * 16 + [1] * 16
+
+
+def test_pairs_of_test_environments():
+    assert jobs.all_test_env_combinations(3) == [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
+    args_list = grid(["Four"], data_dir="d", single=False)
+    assert len(args_list) == 4 + 6  # every environment alone, and every pair
+
+
+def test_two_environments_need_the_flag():
+    with pytest.raises(ValueError, match=r"Two: .*at least 3 environments, got 2; pass --single_test_envs"):
+        grid(["Two"], data_dir="d", single=False)
+    assert [args["test_envs"] for args in grid(["Two"], data_dir="d")] == [[0], [1]]
+
+
+def test_official_test_environments_only_where_domainbed_lacks_the_dataset():
+    assert [args["test_envs"] for args in grid(["Own"], single=False)] == [[2]]
+    assert [args["test_envs"] for args in grid(["Old"], data_dir="d")] == [[0], [1], [2]]
+    assert [args["test_envs"] for args in grid(["Own"], test_envs_list=[[0], [1, 2]])] == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("envs", [[3], [-1], [0, 0], [], [0, 1, 2]])
+def test_impossible_test_environments(envs):
+    with pytest.raises(ValueError, match=r"Debug28: test environments .* of 0 to 2"):
+        grid(test_envs_list=[envs])
+
+
+def test_own_partition_spelled_out_is_the_same_job():
+    assert grid(algorithms=["ERM:environment", "Mixer:random"]) == grid(algorithms=["ERM", "Mixer"])
+    assert grid(algorithms=["Mixer:environment"])[0]["partition"] == "environment"
+
+
+def test_rows_share_the_seed():
+    rows = [SweepRow("ERM", label="b", hparams={"x": 1}), SweepRow("ERM", partition="group")]
+    args_list = grid(rows=rows, test_envs_list=[[0]], label="a")
+    assert [args.get("label") for args in args_list] == ["a", "b", "a"]
+    assert [args.get("partition") for args in args_list] == [None, None, "group"]
+    assert len({args["seed"] for args in args_list}) == 1
+
+
+def test_hparams_of_rows_lie_over_the_sweeps():
+    assert jobs.merged_hparams('{"b":1}', None) == '{"b":1}'  # as typed
+    assert jobs.merged_hparams('{"c": 1, "b": 1}', {"b": 2, "a": 3}) == '{"a": 3, "b": 2, "c": 1}'
+    assert jobs.merged_hparams(None, {"a": True}) == '{"a": true}'
+    assert jobs.merged_hparams(None, {}) is None
+
+
+@pytest.mark.parametrize("hparams", ["{lr: 1}", "[1]", "3", ""])
+def test_hparams_that_are_no_object(hparams):
+    with pytest.raises(ValueError, match="JSON"):
+        grid(hparams=hparams)
+
+
+def test_unknown_names_are_explained():
+    with pytest.raises(NotImplementedError, match="dataset not found: Debug82; did you mean Debug28"):
+        grid(["Debug82"])
+    with pytest.raises(NotImplementedError, match="algorithm not found: ERN; did you mean ERM"):
+        grid(algorithms=["ERN:random"])
+    with pytest.raises(NotImplementedError, match="partition not found: groups; did you mean group"):
+        grid(algorithms=["ERM:groups"])
+    with pytest.raises(TypeError, match="unknown arguments: lable; known: label"):
+        grid(lable="a")
+
+
+def test_data_dir_only_left_out_where_nothing_is_read():
+    with pytest.raises(ValueError, match="--data_dir is required: Four read"):
+        grid(["Debug28", "Four"])
+    assert "data_dir" not in grid(["Debug28"])[0]
+
+
+def test_extras_only_where_given():
+    plain = grid()
+    given = {"precision": "bf16", "checkpoint_freq": 5, "eval_splits": "selection", "keep_best": "aa_wga"}
+    assert grid(**given) == [args | given for args in plain]
+    assert grid(**dict.fromkeys(given), skip_model_save=False) == plain
+
+
+def test_same_run_twice(tmp_path):
+    with pytest.raises(ValueError, match=r"two jobs are the same run: .*'ERM', \[0\]"):
+        make_jobs(grid(algorithms=["ERM", "ERM:environment"]), str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A done, an incomplete and a new job."""
+    args_list = grid()
+    done, incomplete, _ = (Path(job.output_dir) for job in make_jobs(args_list, str(tmp_path)))
+    done.mkdir()
+    run_directory.mark_done(done)
+    incomplete.mkdir()
+    return make_jobs(args_list, str(tmp_path))
+
+
+@pytest.fixture
+def held():
+    """Holds a directory's lock in another process until the test ends."""
+    holders = []
+
+    def hold(directory):
+        code = (
+            "import sys; from domainbed import run_directory\n"
+            "with run_directory.lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        holders.append(subprocess.Popen([sys.executable, "-c", code, directory], **pipes))
+        assert holders[-1].stdout.readline() == b"held\n"
+
+    yield hold
+    for holder in holders:
+        holder.communicate()
+
+
+def test_states(three, held):
+    assert [job.state for job in three] == [Job.DONE, Job.INCOMPLETE, Job.NOT_LAUNCHED]
+    assert str(three[1]) == f"Incomplete: {three[1].output_dir} ('Debug28', 'ERM', [1], 0)"
+    assert [job.is_running() for job in three] == [False] * 3
+    held(three[1].output_dir)
+    assert [job.is_running() for job in three] == [False, True, False]
+
+
+def test_row_shows_in_the_listing(tmp_path):
+    [job] = make_jobs(grid(algorithms=["ERM:group"], label="mine", test_envs_list=[[0]]), str(tmp_path))
+    assert str(job).endswith("('Debug28', 'ERM', [0], 0, 'group', 'mine')")
+
+
+def test_arguments_are_copied(tmp_path):
+    [args] = grid(test_envs_list=[[0]])
+    job = Job(args, str(tmp_path))
+    args["test_envs"].append(1)
+    assert job.train_args["test_envs"] == [0]
+
+
+def test_launch_makes_directories_first_and_sorts_outcomes(three, capsys):
+    seen = []
+
+    def launcher(commands):
+        seen.extend(commands)
+        assert all(os.path.isdir(job.output_dir) for job in three)
+        run_directory.mark_done(three[0].output_dir)
+        codes = {three[0].command_str: 0, three[1].command_str: 3, three[2].command_str: run_directory.EXIT_LOCKED}
+        return [codes[command] for command in commands]
+
+    outcome = Job.launch(three, launcher)
+
+    assert sorted(seen) == sorted(job.command_str for job in three)
+    assert outcome == ([three[0]], [three[1]], [three[2]])
+    assert capsys.readouterr().out == "Launching...\nLaunched 3 jobs!\n"
+
+
+@pytest.mark.parametrize("answer", [None, 0, ["submitted"] * 3, []])
+def test_launcher_without_exit_codes(three, answer):
+    assert Job.launch(three, lambda commands: answer) is None
+
+
+def test_launch_shuffles_a_copy(tmp_path):
+    many = [Job({"algorithm": str(i)}, str(tmp_path)) for i in range(100)]
+    before, seen = list(many), []
+    Job.launch(many, seen.extend)
+    assert many == before
+    assert seen != [job.command_str for job in many]  # equal once in 100! times
+
+
+def test_last_error(tmp_path):
+    job = Job({"algorithm": "ERM"}, str(tmp_path))
+    assert job.last_error() == "(err.txt says nothing)"
+    os.makedirs(job.output_dir)
+    Path(job.output_dir, "err.txt").write_bytes(b"Traceback\nValueError: \xff no\n\n")
+    assert job.last_error() == "ValueError: \ufffd no"
+
+
+def test_delete_spares_what_runs_or_is_done(three, held, capsys):
+    held(three[1].output_dir)
+    assert Job.delete(three[:2]) == 0
+    assert all(os.path.isdir(job.output_dir) for job in three[:2])
+
+    os.makedirs(three[2].output_dir)
+    assert Job.delete([three[2]]) == 1
+    assert not os.path.exists(three[2].output_dir)
+    assert capsys.readouterr().out.endswith("Deleted 1 jobs!\n")

@@ -1,0 +1,124 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from domainbed import partitions
+from domainbed.datasets.base import InMemoryEnvironment, Split
+from domainbed.loaders import Minibatch, TrainingLoader, evaluation_batches
+
+
+class Opened(Dataset):
+    """An environment that is read item by item, as image folders are."""
+
+    def __init__(self, inner: InMemoryEnvironment):
+        self.inner, self.y, self.c = inner, inner.y, inner.c
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        x, y = self.inner[i]
+        return x, int(y)
+
+
+def environment(n: int, offset: int) -> InMemoryEnvironment:
+    """Image i is filled with its own number, so that a row tells where it comes from."""
+    x = (offset + torch.arange(n)).float().view(n, 1, 1, 1).expand(n, 1, 2, 2).clone()
+    return InMemoryEnvironment(x, torch.arange(n) % 2, torch.arange(n) // 2 % 3)
+
+
+def splits(wrap=lambda environment: environment) -> list[Split]:
+    keys = np.arange(2, 40)
+    return [Split(e, "in", wrap(environment(40, 100 * e)), np.random.default_rng(e).permutation(keys), e) for e in (0, 3)]
+
+
+def loader(partition: str = "group", wrap=lambda e: e, **options) -> TrainingLoader:
+    return TrainingLoader(splits(wrap), partitions.REGISTRY[partition], batch_size=12, num_confounders=3, **options)
+
+
+@pytest.mark.parametrize("partition", list(partitions.REGISTRY))
+def test_every_row_carries_its_own_label_confounder_group_and_environment(partition: str) -> None:
+    for minibatch in next(iter(loader(partition))):
+        x, y = minibatch
+        assert len(minibatch) == 2
+        assert minibatch[0] is x
+        number = x[:, 0, 0, 0].long()
+        assert torch.equal(number, 100 * minibatch.e + minibatch.i)
+        assert torch.equal(y, minibatch.i % 2)
+        assert torch.equal(minibatch.c, minibatch.i // 2 % 3)
+        assert torch.equal(minibatch.g, 3 * y + minibatch.c)
+        assert minibatch.i.min() >= 2
+        assert all(array.dtype == torch.int64 for array in (y, minibatch.c, minibatch.g, minibatch.e, minibatch.i))
+
+
+def test_parts_hold_what_their_name_says() -> None:
+    by_group = next(iter(loader("group")))
+    assert [minibatch.g.unique().tolist() for minibatch in by_group] == [[0], [1], [2], [3], [4], [5]]
+    assert [len(minibatch.g) for minibatch in by_group] == [4] * 6
+    by_environment = next(iter(loader("environment")))
+    assert [minibatch.e.unique().tolist() for minibatch in by_environment] == [[0], [3]]
+    assert [len(minibatch.e) for minibatch in by_environment] == [12, 12]
+
+
+def test_a_step_depends_on_seed_and_number_alone() -> None:
+    first, again, other = loader(seed=1), loader(seed=1), loader(seed=2)
+    torch.manual_seed(7)  # the global generators play no part
+    np.random.seed(7)
+    assert [first.draw(s).tolist() for s in (5, 0, 5)] == [again.draw(s).tolist() for s in (5, 0, 5)]
+    assert first.draw(5).tolist() != other.draw(5).tolist()
+    assert first.draw(5).tolist() != first.draw(6).tolist()
+
+
+def test_images_in_memory_and_images_from_files_give_the_same_minibatches() -> None:
+    for a, b in islice(zip(loader(), loader(wrap=Opened), strict=True), 3):
+        for one, two in zip(a, b, strict=True):
+            assert torch.equal(one[0], two[0])
+            assert torch.equal(one[1], two[1])
+            assert torch.equal(one.i, two.i)
+
+
+def test_draws_are_uniform_over_a_part_with_replacement() -> None:
+    drawn = np.concatenate([loader("random").draw(step) for step in range(400)])
+    counts = np.bincount(drawn, minlength=76)
+    expected = len(drawn) / 76
+    assert ((counts - expected) ** 2 / expected).sum() < 120  # chi-square, 75 degrees of freedom: p = 0.0008
+
+
+def test_class_balanced_draws() -> None:
+    lopsided = InMemoryEnvironment(torch.zeros(100, 1, 1, 1), (torch.arange(100) < 10).long(), torch.zeros(100))
+    split = Split(0, "in", lopsided, np.arange(100), 0)
+    balanced = TrainingLoader([split], partitions.REGISTRY["environment"], 1000, class_balanced=True)
+    assert 0.45 < next(iter(balanced))[0][1].float().mean() < 0.55
+
+
+def test_a_batch_larger_than_its_split_is_drawn_with_replacement() -> None:
+    tiny = [Split(0, "in", environment(5, 0), np.arange(5), 0)]
+    (minibatch,) = next(iter(TrainingLoader(tiny, partitions.REGISTRY["environment"], 64)))
+    assert minibatch[0].shape == (64, 1, 2, 2)
+
+
+def test_group_counts() -> None:
+    expected = [0] * 6
+    for split in splits():
+        for key in split.keys:
+            expected[3 * (key % 2) + key // 2 % 3] += 1
+    assert loader().group_counts(2) == tuple(expected)
+
+
+def test_minibatches_move_with_their_arrays() -> None:
+    minibatch = Minibatch(torch.zeros(1), torch.zeros(1), c=torch.ones(1))
+    moved = minibatch.to("meta")
+    assert isinstance(moved, Minibatch)
+    assert moved[0].device.type == moved.c.device.type == "meta"
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, Opened])
+def test_evaluation_passes_once_in_order(wrap) -> None:
+    keys = np.array([7, 3, 11, *range(20, 40)] * 4)
+    batches = list(evaluation_batches(wrap(environment(40, 0)), keys))
+    assert torch.cat([x[:, 0, 0, 0] for x, _ in batches]).tolist() == keys.tolist()
+    assert torch.cat([y for _, y in batches]).tolist() == (keys % 2).tolist()
+    assert max(len(x) for x, _ in batches) <= 64

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import pytest
+
+from domainbed import registry
+from domainbed.registry import Registry
+
+
+def test_names_follow_the_literal_order_then_the_order_of_registration() -> None:
+    known: Registry = Registry("thing", ("B", "A"))
+    for name in ("Z", "A", "Y", "B"):
+        known.register(type(name, (), {}))
+    assert known.names == ["B", "A", "Z", "Y"]
+
+
+def test_the_list_of_names_is_live() -> None:
+    known: Registry = Registry("thing")
+    names = known.names
+    known.register(type("A", (), {}))
+    assert names == ["A"]
+
+
+def test_a_name_is_registered_once() -> None:
+    known: Registry = Registry("thing")
+    known.register(type("A", (), {}))
+    with pytest.raises(ValueError, match="thing registered twice: A"):
+        known.register(type("A", (), {}))
+
+
+def test_a_miss_is_explained() -> None:
+    known: Registry = Registry("thing")
+    known.register(type("GroupDRO", (), {}))
+    with pytest.raises(NotImplementedError, match="thing not found: GroupDR0; did you mean GroupDRO\\? known: GroupDRO"):
+        known["GroupDR0"]
+
+
+def test_attributes_are_inherited_and_defaulted_without_an_import() -> None:
+    assert registry.attribute("datasets", "DigitsM2M", "TEST_ENVS") == (0,)
+    assert registry.attribute("algorithms", "EX2L_MAE", "PARTITION") == "group"
+    assert registry.attribute("algorithms", "ERM", "NO_SUCH", "default") == "default"
+
+
+def test_an_unknown_name_is_explained_after_a_real_import() -> None:
+    with pytest.raises(NotImplementedError, match="did you mean DigitsM2M"):
+        registry.attribute("datasets", "DigitsM2N", "TEST_ENVS")
+
+
+def test_the_order_holds_all_of_domainbed() -> None:
+    assert len(registry.order("algorithms")) == 34
+    assert len(registry.order("datasets")) == 18
+
+
+def test_plugins_are_imported_from_files_and_by_module_name(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = "from domainbed.algorithms.base import register\nfrom domainbed.algorithms.erm import ERM\n\n@register\nclass {}(ERM):\n    pass\n"
+    (tmp_path / "one.py").write_text(plugin.format("FromFile"))
+    (tmp_path / "two.py").write_text(plugin.format("FromModule"))
+    monkeypatch.setenv("DOMAINBED_PLUGINS", f"{tmp_path / 'one.py'}:two")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "from domainbed import registry; print([registry.attribute('algorithms', n, 'PARTITION') for n in ('FromFile', 'FromModule')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['environment', 'environment']"
