@@ -1,0 +1,148 @@
+"""What every registered thing keeps to: algorithms on every partition, datasets, partitions, similarities."""
+
+import json
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from domainbed import algorithms, datasets, hparams_registry, partitions, similarities
+from domainbed.algorithms.base import Task
+from domainbed.datasets.base import Split, split_environments, training_splits
+from domainbed.loaders import TrainingLoader
+
+EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
+
+
+@pytest.fixture(scope="module")
+def splits() -> list[Split]:
+    torch.manual_seed(0)
+    dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
+    return training_splits(dataset, split_environments(dataset, [0], 0.2), [0])
+
+
+def hparams_of(name: str) -> dict[str, Any]:
+    return hparams_registry.default_hparams(name, "Debug28") | {"batch_size": 8, "backbone": "small_cnn"}
+
+
+def build(name: str, partition: str, splits: list[Split]) -> tuple[Any, TrainingLoader]:
+    hparams = hparams_of(name)
+    loader = TrainingLoader(splits, partitions.REGISTRY[partition], hparams["batch_size"], 2)
+    task = Task((3, 28, 28), 2, len(loader.parts), 2, loader.group_counts(2))
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return algorithms.get_algorithm_class(name).from_task(task, hparams), loader
+
+
+def train(name: str, partition: str, splits: list[Split]) -> tuple[Any, list[dict[str, Any]]]:
+    """The algorithm after three updates, and what they returned; skips where it says that it needs more parts."""
+    cls = algorithms.get_algorithm_class(name)
+    try:
+        algorithm, loader = build(name, partition, splits)
+    except ValueError as error:
+        assert cls.MIN_PARTS == 2, error
+        assert partition == "random"
+        assert f"{name} compares at least 2 minibatches" in str(error)
+        pytest.skip("needs two parts, and says so")
+    return algorithm, [algorithm.update(minibatches, None) for minibatches in islice(loader, 3)]
+
+
+@pytest.mark.parametrize("partition", list(partitions.REGISTRY))
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_three_updates_on_every_partition(name: str, partition: str, splits: list[Split]) -> None:
+    algorithm, values = train(name, partition, splits)
+    json.dumps(values)  # plain numbers
+    assert all(np.isfinite(list(step.values())).all() for step in values)
+    assert all(torch.isfinite(parameter).all() for parameter in algorithm.parameters())
+    x, _ = splits[0].environment[torch.arange(5)]
+    algorithm.eval()
+    logits = algorithm.predict(x)
+    assert logits.shape == (5, 2)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_equal_seeds_give_equal_runs(name: str, splits: list[Split]) -> None:
+    (a, a_values), (b, b_values) = (train(name, "group", splits) for _ in range(2))
+    assert a_values == b_values
+    assert all(torch.equal(*pair) for pair in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_state_dicts_load_into_a_fresh_instance(name: str, splits: list[Split]) -> None:
+    trained, _ = train(name, "group", splits)
+    fresh, _ = build(name, "group", splits)
+    fresh.load_state_dict(trained.state_dict())
+    x, _ = splits[0].environment[torch.arange(5)]
+    trained.eval(), fresh.eval()
+    assert torch.equal(trained.predict(x), fresh.predict(x))
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_hparams_are_plain_json_and_declared(name: str) -> None:
+    assert "HPARAMS" in vars(algorithms.get_algorithm_class(name)), "so that misspelt hparams are an error"
+    for hparams in (hparams_of(name), hparams_registry.random_hparams(name, "Debug28", 3)):
+        assert json.loads(json.dumps(hparams)) == hparams
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_algorithms_name_their_source_and_their_hparams(name: str) -> None:
+    cls = algorithms.get_algorithm_class(name)
+    text = "".join(base.__doc__ or "" for base in cls.__mro__[:-1])
+    assert "Source:" in text
+    assert cls.__doc__
+    assert all(hparam in text for hparam in cls.HPARAMS)
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_datasets_name_their_source(name: str) -> None:
+    cls = datasets.get_dataset_class(name)
+    assert "Source:" in (cls.__doc__ or "")
+    assert cls.ENVIRONMENTS
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_datasets_keep_the_protocol(name: str) -> None:
+    cls = datasets.get_dataset_class(name)
+    torch.manual_seed(0)
+    dataset = cls(None, [0], {})
+    assert not cls.NEEDS_DATA_DIR
+    assert len(dataset) == len(cls.ENVIRONMENTS or ()) == datasets.num_environments(name)
+    for environment in dataset:
+        x, y = environment[0]
+        assert x.shape == dataset.input_shape
+        assert x.dtype == torch.float32
+        assert len(environment) == len(environment.y) == len(environment.c)
+        assert int(y) == environment.y[0] < dataset.num_classes
+        assert 0 <= environment.c.min() <= environment.c.max() < dataset.num_confounders
+
+
+def test_unknown_names_are_explained() -> None:
+    with pytest.raises(NotImplementedError, match="algorithm not found: GroupDR0; did you mean GroupDRO"):
+        algorithms.get_algorithm_class("GroupDR0")
+    with pytest.raises(NotImplementedError, match="dataset not found: DigitsM2N; did you mean DigitsM2M"):
+        datasets.get_dataset_class("DigitsM2N")
+    with pytest.raises(NotImplementedError, match="partition not found: groups; did you mean group"):
+        partitions.REGISTRY["groups"]
+    with pytest.raises(NotImplementedError, match="algorithm not found: np"):
+        algorithms.get_algorithm_class("np")
+
+
+def test_names_that_domainbeds_users_import() -> None:
+    for name in ("Algorithm", "ERM", "IRM", "AbstractDANN", "AbstractMMD", "networks", "torch", "nn", "F", "autograd", "np",
+                 "copy", "OrderedDict", "random_pairs_of_minibatches", "ALGORITHMS", "get_algorithm_class"):  # fmt: skip
+        assert hasattr(algorithms, name), name
+    for name in ("DATASETS", "get_dataset_class", "num_environments", "MultipleDomainDataset", "MultipleEnvironmentMNIST",
+                 "Debug", "ColoredMNIST"):  # fmt: skip
+        assert hasattr(datasets, name), name
+
+
+@pytest.mark.parametrize("name", list(similarities.REGISTRY))
+def test_similarities_give_one_finite_score_per_image(name: str) -> None:
+    maps = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    score = similarities.REGISTRY[name](maps, maps.detach().flip(0))
+    assert score.shape == (4,)
+    (gradient,) = torch.autograd.grad(score.sum(), maps)
+    assert torch.isfinite(gradient).all()

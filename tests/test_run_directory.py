@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from domainbed import records, run_directory
+
+ARGS = {"algorithm": "ERM", "seed": 0, "output_dir": "here", "partition": "random"}
+
+
+def write(directory: Path, *lines: str) -> None:
+    (directory / records.RESULTS_FILE).write_text("".join(lines))
+
+
+def line(**args: object) -> str:
+    return json.dumps({"step": 0, "args": ARGS | args}) + "\n"
+
+
+def test_done_is_four_bytes(tmp_path: Path) -> None:
+    assert not run_directory.is_done(tmp_path)
+    run_directory.mark_done(tmp_path)
+    assert (tmp_path / "done").read_bytes() == b"done"
+    assert run_directory.is_done(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], [line()], [line(), line(), '{"torn": '], ['{"torn'], [line(output_dir="moved")]])
+def test_own_directories(tmp_path: Path, content: list[str]) -> None:
+    write(tmp_path, *content)
+    run_directory.check_same_run(tmp_path, ARGS)
+
+
+def test_a_foreign_run_is_named(tmp_path: Path) -> None:
+    write(tmp_path, line(seed=1, precision="bf16"))
+    with pytest.raises(ValueError, match=r"another run \(precision: 'bf16' there, None now; seed: 1 there, 0 now\).*--overwrite"):
+        run_directory.check_same_run(tmp_path, ARGS)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "one\n", "two\n")
+    with pytest.raises(ValueError, match="holds no run of ours"):
+        run_directory.check_same_run(tmp_path, ARGS)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match="--output_dir .* is a file"):
+            run_directory.prepare(path)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root, for whom everything is writable
+    with pytest.raises(PermissionError, match="is not writable"):
+        run_directory.prepare(tmp_path)
+
+
+HOLD = "import sys; from domainbed import run_directory\nwith run_directory.lock(sys.argv[1]): print('held', flush=True); input()"
+
+
+def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    assert not run_directory.is_running(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=-1, stdout=-1, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert run_directory.is_running(tmp_path)
+        with pytest.raises(run_directory.RunLocked), run_directory.lock(tmp_path):
+            pass
+        holder.kill()
+    assert not run_directory.is_running(tmp_path)
+    with run_directory.lock(tmp_path):
+        pass
+
+
+def test_clear_removes_results_only(tmp_path: Path) -> None:
+    names = ["done", "results.jsonl", "model.pkl", "model_best.pkl", "model_step5.pkl", "model.pkl.partial", "out.txt", "mine.txt"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    run_directory.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "out.txt"]
