@@ -1,12 +1,14 @@
 """Packaging; pyproject.toml only configures tools."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="domainbed-ex2l",
     version="0.1.0",
     description="Train, compare and understand methods against spurious correlations; a successor of DomainBed",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",

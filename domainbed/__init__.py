@@ -3,6 +3,7 @@
 The modules in the order in which data flows; each imports only from those above it:
 
     registry                          name -> class; class attributes read without importing
+    seeding, console                  the hash of seeds; table rows and a console that is kept in a file
     lib/                              helpers at the paths that DomainBed users import
     datasets/                      1  images, labels y, confounders c, groups g, environments e
     partitions, loaders            2  which examples share a minibatch; minibatches and evaluation batches
@@ -12,7 +13,7 @@ The modules in the order in which data flows; each imports only from those above
     evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy
     records, run_directory,
     training                       6  one JSON line per checkpoint; a run's directory; the loop
-    model_selection                7  records -> the run and the step that one would have chosen
+    rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
     tables                         8  chosen runs -> text
     jobs, command_launchers        9  sweep -> jobs; jobs -> machines
     scripts/                          the verbs: parse, call, print

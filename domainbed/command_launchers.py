@@ -231,7 +231,7 @@ def find(name: str, options: Mapping[str, Any]) -> Launcher:
         ValueError: the launcher lacks an option that is given.
     """
     if name not in REGISTRY:
-        registry.load_plugins()
+        registry.load_plugins("command_launchers")
     if name not in REGISTRY:
         raise NotImplementedError(registry.not_found("launcher", name, REGISTRY))
     given = {key: value for key, value in options.items() if value is not None}

@@ -57,7 +57,12 @@ def measure(correct: NDArray[np.bool_], groups: Integers | None) -> Accuracy:
 
 
 def predictions(
-    algorithm: Any, environment: Any, keys: Integers, device: torch.device, precision: str = "fp32", num_workers: int = 0
+    algorithm: Any,
+    environment: Any,
+    keys: Integers,
+    device: torch.device,
+    precision: str = "fp32",
+    num_workers: int = 0,
 ) -> tuple[Integers, Integers]:
     """Predicted and true labels (N,) of an environment at keys; one-column logits are cut at 0.
 

@@ -137,7 +137,7 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[list[Minibatch]]:
         steps = _Steps(self.draw)
         if all(isinstance(split.environment, TensorDataset) for split in self.splits):
-            images = map(self._gather, map(np.asarray, steps))
+            images: Iterator[Any] = map(self._gather, map(np.asarray, steps))
         else:
             images = iter(DataLoader(_Items(self.splits), batch_sampler=steps, num_workers=workers(self.num_workers)))
         for positions, (x, y) in zip(steps, images, strict=True):
@@ -167,7 +167,7 @@ def evaluation_batches(environment: Any, keys: Integers, num_workers: int = 0) -
     """Images (B, C, H, W) and labels (B,) of an environment at keys, once, in their order."""
     if isinstance(environment, TensorDataset):
         for some in torch.from_numpy(keys).split(EVALUATION_BATCH):
-            yield environment[some]  # type: ignore[misc]
+            yield environment[some]
     else:
         loader = DataLoader(Subset(environment, keys.tolist()), EVALUATION_BATCH, num_workers=workers(num_workers))
         yield from (batch[:2] for batch in loader)

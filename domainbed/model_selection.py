@@ -44,8 +44,8 @@ def _present(accs: Iterable[Any], records: Sequence[Record]) -> list[Any]:
     if len(present) < len(found):
         args = records[0]["args"]
         name = f"{args['algorithm']}, {args['dataset']}, test_envs {args['test_envs']}, seed {args.get('seed')}"
-        message = "run left out (%s): %d of %d checkpoints lack an accuracy that its selection needs"
-        logger.warning(message, name, len(found) - len(present), len(found))
+        message = "left out %d of %d checkpoints of a run (%s): they lack an accuracy that its selection needs"
+        logger.warning(message, len(found) - len(present), len(found), name)
     return present
 
 

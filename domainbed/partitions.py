@@ -84,8 +84,10 @@ def rows_per_part(parts: Sequence[Part], batch_size: int, num_environments: int)
     """Rows that each part gets, so that a step draws about batch_size x training environments examples in all.
 
     Raises:
-        ValueError: the parts are so many that two rows of each exceed twice that number.
+        ValueError: batch_size is not positive, or two rows of each part exceed twice that number.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: a step draws at least one example of each part")
     if len(parts) == num_environments:
         return batch_size
     nominal = batch_size * num_environments

@@ -78,7 +78,8 @@ def group_metrics(record: Mapping[str, Any], env: int, split: str) -> GroupCount
 
 def environments(record: Mapping[str, Any], split: str) -> list[int]:
     """The environments whose accuracy on the split is in the record, ascending."""
-    found = (re.fullmatch(rf"env(\d+)_{split}_acc", key) for key in record)
+    end = f"_{split}_acc"
+    found = (re.fullmatch(r"env(\d+)", key.removesuffix(end)) for key in record if key.endswith(end))
     return sorted(int(match[1]) for match in found if match)
 
 

@@ -73,20 +73,26 @@ class Registry(Generic[T]):
         return ((name, self._entries[name]) for name in self.names)
 
 
-def load_plugins() -> None:
+def load_plugins(package: str) -> None:
     """Imports the modules or ``.py`` files named in $DOMAINBED_PLUGINS (separated like $PATH).
 
     The variable is inherited by the jobs of a sweep, so a class registered there trains everywhere.
 
+    Args:
+        package: the module of this package that calls, mostly as the last act of its own import.
+
     Raises:
         ModuleNotFoundError, FileNotFoundError: a named module or file does not exist.
     """
+    # Python sets this only after the import, too late for a plugin that says domainbed.algorithms.Mine = Mine.
+    setattr(sys.modules["domainbed"], package, sys.modules[f"domainbed.{package}"])
     for plugin in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
         if not plugin.endswith(".py"):
             importlib.import_module(plugin)
         elif (name := f"domainbed_plugin_{Path(plugin).stem}") not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, plugin)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
 

@@ -94,7 +94,9 @@ def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any]) -
     stored, skipped = records.read(path) if path.exists() else ([], 0)
     if not stored:
         if skipped > 1:  # one torn line is an own run killed at its first record
-            raise ValueError(f"{path} holds no run of ours; name another --output_dir, or pass --overwrite to replace it")
+            raise ValueError(
+                f"{path} holds no run of ours; name another --output_dir, or pass --overwrite to replace it"
+            )
         return
     theirs = stored[0]["args"]
     differing = [

@@ -235,14 +235,10 @@ def _group_columns(cells: Iterable[Cell]) -> dict[Cell, str]:
 
 def _group_lines(names: Mapping[Row, str]) -> list[tuple[str, str]]:
     """The lines (name, partition) in order: by name as in DomainBed's tables, then as the paper has the partitions."""
-    place = {
-        name: position
-        for position, name in enumerate(_line_names({name: row.algorithm for row, name in names.items()}))
-    }
-    order = [*SAMPLING, *sorted({row.partition for row in names} - SAMPLING.keys())]
-    return sorted(
-        {(name, row.partition) for row, name in names.items()}, key=lambda line: (place[line[0]], order.index(line[1]))
-    )
+    by_name = _line_names({name: row.algorithm for row, name in names.items()})
+    partitions = [*SAMPLING, *sorted({row.partition for row in names} - SAMPLING.keys())]
+    present = {(name, row.partition) for row, name in names.items()}
+    return [(name, partition) for name in by_name for partition in partitions if (name, partition) in present]
 
 
 def _group_table(records: Sequence[Record], criterion: str, latex: bool) -> str:
@@ -271,8 +267,7 @@ def _caption(criterion: str, most: int) -> list[str]:
     spread = f"mean ± sample sd (ddof 1) over {most} seeds" if most > 1 else "one seed"
     return [
         f"Average (AA) and worst-group (WGA) accuracy, model selection: {CRITERION_TITLES[criterion]} on validation",
-        f"Percent; {spread}; (n=...) where there are fewer; X: none. "
-        "Rows with unfinished runs are counted as they are.",
+        f"Percent; {spread}; (n=...) where fewer; X: none. Rows with unfinished runs are counted as they are.",
     ]
 
 
@@ -280,7 +275,7 @@ def _group_text(header: Sequence[str], body: Sequence[Sequence[str]], caption: S
     """The table under its caption, columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     if latex:
-        lines = [escape(" ".join(caption)), *_tabular(header, body, max(widths))]
+        lines = [escape(". ".join(caption)), *_tabular(header, body, max(widths))]
     else:
         rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [header, *body]]
         lines = [f"-------- {caption[0]}", caption[1], *rows]

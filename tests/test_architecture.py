@@ -18,7 +18,8 @@ LAYERS = [
     ["registry"], ["seeding", "console"], ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["datasets"], ["partitions"], ["loaders"], ["networks"], ["attribution"], ["similarities"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["lib.reporting"],
-    ["run_directory"], ["training"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"], ["scripts"],
+    ["run_directory"], ["training"], ["rows"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"],
+    ["scripts"],
 ]  # fmt: skip
 EDGE = {"scripts"}  # where names may stand as defaults of flags
 
@@ -75,7 +76,12 @@ def strings(tree: ast.Module) -> set[str]:
     docs = set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             docs.add(id(body[0].value))
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs)
     return {node.value for node in constants if isinstance(node.value, str)}
@@ -116,4 +122,7 @@ def test_the_light_reading_of_class_attributes_agrees_with_the_classes() -> None
     for name in datasets.DATASETS:
         for attribute in ("ENVIRONMENTS", "TEST_ENVS", "VALIDATION_ENVS", "HPARAMS", "HPARAMS_SIZE", "NEEDS_DATA_DIR"):
             actual = getattr(datasets.get_dataset_class(name), attribute)
-            assert registry.attribute("datasets", name, attribute, getattr(datasets.MultipleDomainDataset, attribute)) == actual
+            assert (
+                registry.attribute("datasets", name, attribute, getattr(datasets.MultipleDomainDataset, attribute))
+                == actual
+            )

@@ -38,14 +38,11 @@ def build(name: str, partition: str, splits: list[Split]) -> tuple[Any, Training
 
 def train(name: str, partition: str, splits: list[Split]) -> tuple[Any, list[dict[str, Any]]]:
     """The algorithm after three updates, and what they returned; skips where it says that it needs more parts."""
-    cls = algorithms.get_algorithm_class(name)
-    try:
-        algorithm, loader = build(name, partition, splits)
-    except ValueError as error:
-        assert cls.MIN_PARTS == 2, error
-        assert partition == "random"
-        assert f"{name} compares at least 2 minibatches" in str(error)
+    if algorithms.get_algorithm_class(name).MIN_PARTS > 1 and partition == "random":
+        with pytest.raises(ValueError, match=f"{name} compares at least 2 minibatches"):
+            build(name, partition, splits)
         pytest.skip("needs two parts, and says so")
+    algorithm, loader = build(name, partition, splits)
     return algorithm, [algorithm.update(minibatches, None) for minibatches in islice(loader, 3)]
 
 
@@ -131,11 +128,11 @@ def test_unknown_names_are_explained() -> None:
 
 
 def test_names_that_domainbeds_users_import() -> None:
-    for name in ("Algorithm", "ERM", "IRM", "AbstractDANN", "AbstractMMD", "networks", "torch", "nn", "F", "autograd", "np",
-                 "copy", "OrderedDict", "random_pairs_of_minibatches", "ALGORITHMS", "get_algorithm_class"):  # fmt: skip
+    bodies = "networks torch nn F autograd np copy OrderedDict random_pairs_of_minibatches"  # used by pasted classes
+    for name in f"Algorithm ERM IRM AbstractDANN AbstractMMD ALGORITHMS get_algorithm_class {bodies}".split():
         assert hasattr(algorithms, name), name
-    for name in ("DATASETS", "get_dataset_class", "num_environments", "MultipleDomainDataset", "MultipleEnvironmentMNIST",
-                 "Debug", "ColoredMNIST"):  # fmt: skip
+    bases = "MultipleDomainDataset MultipleEnvironmentMNIST Debug"
+    for name in f"DATASETS get_dataset_class num_environments ColoredMNIST {bases}".split():
         assert hasattr(datasets, name), name
 
 

@@ -32,7 +32,9 @@ def environment(n: int, offset: int) -> InMemoryEnvironment:
 
 def splits(wrap=lambda environment: environment) -> list[Split]:
     keys = np.arange(2, 40)
-    return [Split(e, "in", wrap(environment(40, 100 * e)), np.random.default_rng(e).permutation(keys), e) for e in (0, 3)]
+    return [
+        Split(e, "in", wrap(environment(40, 100 * e)), np.random.default_rng(e).permutation(keys), e) for e in (0, 3)
+    ]
 
 
 def loader(partition: str = "group", wrap=lambda e: e, **options) -> TrainingLoader:

@@ -327,7 +327,7 @@ class TestChoose:
         incomplete = {k: v for k, v in grouped_record(0.5, 0.5).items() if not k.startswith("env0_in")}
         with caplog.at_level(logging.WARNING):
             assert choose([incomplete]) == []
-        assert "1 of 1 checkpoints lack" in caplog.text
+        assert "left out 1 of 1 checkpoints" in caplog.text
 
 
 def test_the_score_is_the_papers():

@@ -5,7 +5,10 @@ from domainbed import partitions
 from domainbed.partitions import Examples, Part, rows_per_part
 
 EXAMPLES = Examples(
-    y=np.array([0, 0, 1, 1, 0, 1, 1]), c=np.array([0, 1, 0, 0, 0, 2, 0]), e=np.array([0, 0, 0, 0, 2, 2, 2]), num_confounders=3
+    y=np.array([0, 0, 1, 1, 0, 1, 1]),
+    c=np.array([0, 1, 0, 0, 0, 2, 0]),
+    e=np.array([0, 0, 0, 0, 2, 2, 2]),
+    num_confounders=3,
 )
 
 
@@ -22,7 +25,7 @@ def test_parts_of_a_hand_made_case() -> None:
 
 @pytest.mark.parametrize("name", list(partitions.REGISTRY))
 def test_every_example_is_in_exactly_one_part(name: str) -> None:
-    assert sorted(sum(parts(name).values(), [])) == list(range(7))
+    assert sorted(i for positions in parts(name).values() for i in positions) == list(range(7))
 
 
 @pytest.mark.parametrize("name", ["group", "confounder"])
@@ -52,6 +55,6 @@ def test_rows_per_part(n_parts: int, batch_size: int, environments: int, rows: i
 
 
 def test_too_many_parts_are_refused_with_a_batch_size_that_works() -> None:
-    with pytest.raises(ValueError, match="17 parts .group 0 to group 16. .* batch_size of at least 9"):
+    with pytest.raises(ValueError, match=r"17 parts .group 0 to group 16. .* batch_size of at least 9"):
         rows_per_part(some(17), 8, 2)
     assert rows_per_part(some(17), 9, 2) == 2

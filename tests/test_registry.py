@@ -31,7 +31,9 @@ def test_a_name_is_registered_once() -> None:
 def test_a_miss_is_explained() -> None:
     known: Registry = Registry("thing")
     known.register(type("GroupDRO", (), {}))
-    with pytest.raises(NotImplementedError, match="thing not found: GroupDR0; did you mean GroupDRO\\? known: GroupDRO"):
+    with pytest.raises(
+        NotImplementedError, match="thing not found: GroupDR0; did you mean GroupDRO\\? known: GroupDRO"
+    ):
         known["GroupDR0"]
 
 
@@ -51,12 +53,22 @@ def test_the_order_holds_all_of_domainbed() -> None:
     assert len(registry.order("datasets")) == 18
 
 
+PLUGIN = """
+from domainbed.algorithms.base import register
+from domainbed.algorithms.erm import ERM
+
+@register
+class {}(ERM):
+    PARTITION = "random"
+"""
+
+
 def test_plugins_are_imported_from_files_and_by_module_name(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin = "from domainbed.algorithms.base import register\nfrom domainbed.algorithms.erm import ERM\n\n@register\nclass {}(ERM):\n    pass\n"
-    (tmp_path / "one.py").write_text(plugin.format("FromFile"))
-    (tmp_path / "two.py").write_text(plugin.format("FromModule"))
+    (tmp_path / "one.py").write_text(PLUGIN.format("FromFile"))
+    (tmp_path / "two.py").write_text(PLUGIN.format("FromModule"))
     monkeypatch.setenv("DOMAINBED_PLUGINS", f"{tmp_path / 'one.py'}:two")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code = "from domainbed import registry; print([registry.attribute('algorithms', n, 'PARTITION') for n in ('FromFile', 'FromModule')])"
+    asked = "[registry.attribute('algorithms', name, 'PARTITION') for name in ('FromFile', 'FromModule')]"
+    code = f"from domainbed import registry; print({asked})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['environment', 'environment']"
+    assert run.stdout.strip() == "['random', 'random']"

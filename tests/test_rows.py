@@ -20,8 +20,8 @@ class TestRow:
 
     def test_a_missing_argument_is_the_default(self):
         defaults = {
-            "partition": None, "label": None, "precision": "fp32", "steps": None, "checkpoint_freq": None, "hparams": None,
-            "task": "domain_generalization", "holdout_fraction": 0.2, "uda_holdout_fraction": 0.0,
+            "partition": None, "label": None, "precision": "fp32", "steps": None, "checkpoint_freq": None,
+            "hparams": None, "task": "domain_generalization", "holdout_fraction": 0.2, "uda_holdout_fraction": 0.0,
         }  # fmt: skip
         assert Row.of(args(**defaults)) == Row.of(args(partition="environment", auto_lr=False)) == Row.of(args())
 

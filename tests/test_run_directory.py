@@ -25,7 +25,10 @@ def test_done_is_four_bytes(tmp_path: Path) -> None:
     assert run_directory.is_done(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], [line()], [line(), line(), '{"torn": '], ['{"torn'], [line(output_dir="moved")]])
+OWN = [[], [line()], [line(), line(), '{"torn": '], ['{"torn'], [line(output_dir="moved")]]
+
+
+@pytest.mark.parametrize("content", OWN)
 def test_own_directories(tmp_path: Path, content: list[str]) -> None:
     write(tmp_path, *content)
     run_directory.check_same_run(tmp_path, ARGS)
@@ -33,7 +36,8 @@ def test_own_directories(tmp_path: Path, content: list[str]) -> None:
 
 def test_a_foreign_run_is_named(tmp_path: Path) -> None:
     write(tmp_path, line(seed=1, precision="bf16"))
-    with pytest.raises(ValueError, match=r"another run \(precision: 'bf16' there, None now; seed: 1 there, 0 now\).*--overwrite"):
+    differing = r"another run \(precision: 'bf16' there, None now; seed: 1 there, 0 now\).*--overwrite"
+    with pytest.raises(ValueError, match=differing):
         run_directory.check_same_run(tmp_path, ARGS)
 
 
@@ -46,7 +50,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotADirectoryError, match="--output_dir .* is a file"):
+        with pytest.raises(NotADirectoryError, match=r"--output_dir .* is a file"):
             run_directory.prepare(path)
 
 
@@ -56,7 +60,13 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
         run_directory.prepare(tmp_path)
 
 
-HOLD = "import sys; from domainbed import run_directory\nwith run_directory.lock(sys.argv[1]): print('held', flush=True); input()"
+HOLD = """
+import sys
+from domainbed import run_directory
+with run_directory.lock(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
 
 
 def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -74,8 +84,8 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path: Path) -
 
 
 def test_clear_removes_results_only(tmp_path: Path) -> None:
-    names = ["done", "results.jsonl", "model.pkl", "model_best.pkl", "model_step5.pkl", "model.pkl.partial", "out.txt", "mine.txt"]
-    for name in names:
+    models = ["model.pkl", "model_best.pkl", "model_step5.pkl", "model.pkl.partial"]
+    for name in ["done", "results.jsonl", *models, "out.txt", "mine.txt"]:
         (tmp_path / name).write_text("")
     run_directory.clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "out.txt"]

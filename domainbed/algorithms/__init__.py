@@ -75,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 globals().update(registry.import_modules("algorithms"))
 importlib.import_module("domainbed.algorithms_ex2l")  # last: it builds on this folder
-registry.load_plugins()
+registry.load_plugins("algorithms")

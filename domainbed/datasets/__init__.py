@@ -39,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 globals().update(registry.import_modules("datasets"))
-registry.load_plugins()
+registry.load_plugins("datasets")

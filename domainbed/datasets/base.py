@@ -157,7 +157,9 @@ def split_environments(
     """
     check_test_envs(dataset, test_envs)
     fraction = 0.0 if dataset.VALIDATION_ENVS else holdout_fraction
-    ins, outs, udas = [], [], []
+    ins: list[Split] = []
+    outs: list[Split] = []
+    udas: list[Split] = []
     for e, environment in enumerate(dataset):
         seed = misc.seed_hash(trial_seed, e)
         units = getattr(environment, "split_units", None)
@@ -205,4 +207,3 @@ def selection_splits(dataset: MultipleDomainDataset, splits: Sequence[Split], te
     """The splits that some selection method or table reads: all but the training environments' in-splits."""
     trained = {split.env for split in training_splits(dataset, splits, test_envs)}
     return [split for split in splits if split.kind != "in" or split.env not in trained]
-

@@ -1,7 +1,7 @@
 """Random images, to try code on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ class Debug(MultipleDomainDataset):
     ENVIRONMENTS = ("0", "1", "2")
     CONFOUNDERS = ("even", "odd")
     NEEDS_DATA_DIR = False
-    INPUT_SHAPE: tuple[int, ...]
+    INPUT_SHAPE: ClassVar[tuple[int, ...]]
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):
         self.input_shape, self.num_classes, n = self.INPUT_SHAPE, 2, 16

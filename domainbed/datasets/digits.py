@@ -148,7 +148,8 @@ class DigitsOnPhotographs(Digits):
 
         Unit u holds the u-th scan of every class, so that every split has the classes in equal parts.
         """
-        cells = [(y, c, unit) for y, c in np.ndindex(counts.shape) for unit in np.arange(counts[y, c]) % scans.shape[1]]
+        n_units = scans.shape[1]
+        cells = [(y, c, i % n_units) for (y, c), count in np.ndenumerate(counts) for i in range(count)]
         y, c, units = np.array(cells).T
         canvas = crops(self.photographs, c, self.rng)
         sizes = self.rng.integers(self.DIGIT_SIZES[0], self.DIGIT_SIZES[1] + 1, len(y))
@@ -244,4 +245,6 @@ class DigitsSubpop(DigitsOnPhotographs):
         super().__init__(root, test_envs, hparams)
         self.input_shape, self.num_classes = (3, SIZE, SIZE), 2
         dealt = self.deal(self.DIGITS, [0.3, 0.3, 0.2, 0.2])
-        self.datasets = [self.compose(scans, np.array(counts)) for scans, counts in zip(dealt, self.COUNTS, strict=True)]
+        self.datasets = [
+            self.compose(scans, np.array(counts)) for scans, counts in zip(dealt, self.COUNTS, strict=True)
+        ]

@@ -38,7 +38,9 @@ def load_mnist(root: str | None) -> tuple[Tensor, Tensor]:
     except (RuntimeError, ValueError, AssertionError, EOFError, IndexError, OSError) as error:
         missing = [name for name in FILES if not (raw / name).exists()]
         if missing:
-            raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}, and downloading failed; put them there") from error
+            raise FileNotFoundError(
+                f"{raw} lacks {', '.join(missing)}, and downloading failed; put them there"
+            ) from error
         raise ValueError(f"a file in {raw} is damaged ({error}); replace it: {', '.join(FILES)}") from error
     return images, digits
 

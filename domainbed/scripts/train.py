@@ -63,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--label", help="name of the row in tables")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     p.add_argument(
-        "--eval_splits", choices=("all", "selection"), default="all", help="selection: leave out what nothing selects by"
+        "--eval_splits",
+        choices=("all", "selection"),
+        default="all",
+        help="selection: leave out what nothing selects by",
     )
     p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
     p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
@@ -212,7 +215,15 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     )
     adapts = args["task"] == "domain_adaptation"
     return Run(
-        args, hparams, task, algorithm, minibatches, loader(uda, "environment") if adapts else None, validation, plan, device
+        args,
+        hparams,
+        task,
+        algorithm,
+        minibatches,
+        loader(uda, "environment") if adapts else None,
+        validation,
+        plan,
+        device,
     )
 
 

@@ -53,7 +53,11 @@ def test_splits_are_domainbeds(trial_seed: int) -> None:
             rest = [rest[k] for k in remaining]
         assert found[e, "out"] == out
         assert found[e, "in"] == rest
-    assert [(s.env, s.kind) for s in splits] == [*((e, "in") for e in range(4)), *((e, "out") for e in range(4)), (1, "uda")]
+    assert [(s.env, s.kind) for s in splits] == [
+        *((e, "in") for e in range(4)),
+        *((e, "out") for e in range(4)),
+        (1, "uda"),
+    ]
     assert splits[-1].number == 0  # DomainBed counts uda-splits
 
 
@@ -104,7 +108,9 @@ def test_impossible_test_environments(dataset: Four, test_envs: list[int], messa
 
 
 def test_bytes_become_fractions() -> None:
-    env = InMemoryEnvironment(torch.tensor([[[[51]]], [[[255]]]], dtype=torch.uint8), torch.tensor([0, 1]), torch.zeros(2))
+    env = InMemoryEnvironment(
+        torch.tensor([[[[51]]], [[[255]]]], dtype=torch.uint8), torch.tensor([0, 1]), torch.zeros(2)
+    )
     x, y = env[1]
     assert (x.item(), y.item(), x.dtype, y.dtype) == (1.0, 1, torch.float32, torch.int64)
     assert env[torch.tensor([0, 1])][0].flatten().tolist() == pytest.approx([0.2, 1.0])

@@ -87,7 +87,8 @@ def test_every_training_group_has_sixty_validation_images(built, name: str, tria
     splits = split_environments(dataset, dataset.TEST_ENVS, 0.2, 0, trial_seed)
     trained = np.concatenate([groups(dataset, s) for s in training_splits(dataset, splits, dataset.TEST_ENVS)])
     counts = np.bincount(
-        np.concatenate([groups(dataset, s) for s in validation_splits(dataset, splits, dataset.TEST_ENVS)]), minlength=16
+        np.concatenate([groups(dataset, s) for s in validation_splits(dataset, splits, dataset.TEST_ENVS)]),
+        minlength=16,
     )
     assert counts[np.unique(trained)].min() >= 60
 
@@ -152,12 +153,12 @@ def test_paste_against_a_loop() -> None:
     pasted = digits.paste(canvas.copy(), ink, np.random.default_rng(1))
     again = np.random.default_rng(1)
     top, left = again.integers(0, 6, (2, 5))
-    for image, (t, l) in enumerate(zip(top, left, strict=True)):
+    for image, (t, s) in enumerate(zip(top, left, strict=True)):
         expected = canvas[image].copy()
         for i in range(3):
             for j in range(3):
-                background = expected[t + i, l + j]
-                expected[t + i, l + j] = background * (1 - ink[image, i, j]) + ink[image, i, j]
+                background = expected[t + i, s + j]
+                expected[t + i, s + j] = background * (1 - ink[image, i, j]) + ink[image, i, j]
         assert pasted[image] == pytest.approx(expected)
 
 

@@ -74,7 +74,7 @@ def test_hooks_that_others_override(mnist_root: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(FileNotFoundError, match="lacks train-images-idx3-ubyte, .* put them there"):
+    with pytest.raises(FileNotFoundError, match=r"lacks train-images-idx3-ubyte, .* put them there"):
         load_mnist(str(tmp_path))
 
 
@@ -90,5 +90,5 @@ def test_a_damaged_file_is_said_so(mnist_root: Path, tmp_path: Path, name: str, 
     raw.mkdir(parents=True)
     for path in (mnist_root / "MNIST" / "raw").iterdir():
         (raw / path.name).write_bytes(damage(path.read_bytes()) if path.name == name else path.read_bytes())
-    with pytest.raises(ValueError, match="damaged .* replace it"):
+    with pytest.raises(ValueError, match=r"damaged .* replace it"):
         load_mnist(str(tmp_path))

@@ -1,0 +1,152 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from domainbed.model_selection import IIDAccuracySelectionMethod
+from domainbed.scripts import BadInput, collect_results
+
+
+def record(step=0, trial_seed=0, args=(), **values):
+    run = {"algorithm": "ERM", "dataset": "ColoredMNIST", "test_envs": [0], "hparams_seed": 0, "seed": 0}
+    return {"args": run | {"trial_seed": trial_seed} | dict(args), "step": step} | values
+
+
+PLAIN = {"env0_in_acc": 0.25, "env0_out_acc": 0.5, "env1_out_acc": 0.75, "env2_out_acc": 0.75}
+GROUPS = {
+    f"env{env}_{split}_{name}": value
+    for env, split in ((0, "in"), (1, "out"), (2, "out"))
+    for name, value in {"wga": 0.5, "g0_acc": 0.5, "g0_n": 4, "g3_acc": 1.0, "g3_n": 4}.items()
+}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Writes jobs, one list of records each, and returns their directory."""
+
+    def write(*jobs, tail=""):
+        for number, records in enumerate(jobs):
+            directory = tmp_path / f"job{number}"
+            directory.mkdir()
+            text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+            (directory / "results.jsonl").write_text(text + tail)
+        return tmp_path
+
+    return write
+
+
+class TestMain:
+    def test_prints_and_writes_domainbeds_tables(self, sweep, capsys):
+        directory = sweep([record(**PLAIN)], [record(trial_seed=1, **PLAIN | {"env0_in_acc": 0.75})])
+        assert collect_results.main(["--input_dir", str(directory)]) == 0
+        printed = capsys.readouterr().out
+        assert (directory / "results.txt").read_bytes() == printed.encode()
+        assert printed.startswith(
+            "Total records: 2\n\n-------- Dataset: ColoredMNIST, model selection method: training-"
+        )
+        assert (
+            "\nERM                   50.0 +/- 17.7         X                     X                     X   " in printed
+        )
+        assert [path.name for path in directory.glob("*.t*")] == ["results.txt"]
+
+    def test_groups_follow_and_have_a_file_of_their_own(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+        collect_results.main(["--input_dir", str(directory)])
+        results, groups = ((directory / name).read_text(encoding="utf-8") for name in ("results.txt", "groups.txt"))
+        assert capsys.readouterr().out == results + groups
+        assert "WGA" not in results
+        assert "ERM        Uniform Env.  75.0             50.0" in groups
+
+    def test_latex(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+        collect_results.main(["--input_dir", str(directory), "--latex"])
+        texts = [(directory / name).read_text(encoding="utf-8") for name in ("results.tex", "groups.tex")]
+        assert capsys.readouterr().out == "".join(texts)
+        assert all(text.startswith("\\documentclass") and text.endswith("\\end{document}\n") for text in texts)
+        assert "% Total records: 1\n" in texts[0]
+
+    def test_earlier_tables_are_replaced(self, sweep):
+        directory = sweep([record(**PLAIN)])
+        (directory / "results.txt").write_text("x" * 10_000)
+        collect_results.main(["--input_dir", str(directory)])
+        assert "x" * 10 not in (directory / "results.txt").read_text()
+
+    def test_a_torn_line_does_not_matter(self, sweep, capsys):
+        directory = sweep([record(**PLAIN)], tail='{"args": {"algo')
+        collect_results.main(["--input_dir", str(directory)])
+        assert capsys.readouterr().out.startswith("Total records: 1\n")
+
+    def test_auto_lr_joins_the_two_stages(self, sweep, capsys):
+        first = record(0, args={"holdout_fraction": 0.2}, **PLAIN)
+        second = record(0, args={"holdout_fraction": 0.0}, fd_env0_in_acc=0.875)
+        directory = sweep([first, second])
+        collect_results.main(["--input_dir", str(directory), "--auto_lr"])
+        printed = capsys.readouterr().out
+        assert "auto lr training-domain validation set" in printed
+        assert "ERM                   87.5 +/- 0.0" in printed
+
+    def test_a_directory_without_records_is_an_error_and_gets_no_file(self, sweep):
+        directory = sweep([])
+        with pytest.raises(BadInput, match=r"holds no records \(\*/results.jsonl\); name the --output_dir of a sweep"):
+            collect_results.main(["--input_dir", str(directory)])
+        with pytest.raises(BadInput, match="nowhere is no directory"):
+            collect_results.main(["--input_dir", str(directory / "nowhere")])
+        assert [path.name for path in directory.iterdir()] == ["job0"]
+
+    def test_as_a_command(self, sweep):
+        directory = sweep([])
+        command = [sys.executable, "-m", "domainbed.scripts.collect_results", "--input_dir", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: --input_dir ")
+        assert done.stderr.count("\n") == 1
+
+    def test_never_imports_torch(self, sweep):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+        code = (
+            "import sys; from domainbed.scripts import collect_results; "
+            f"collect_results.main(['--input_dir', {str(directory)!r}]); print('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+class TestWhatOthersImport:
+    def test_print_table(self, capsys):
+        collect_results.print_table([["a", "b"]], "a title", ["row"], ["", "c", "d"], colwidth=3, latex=False)
+        assert capsys.readouterr().out == "\n-------- a title\n     c    d   \nrow  a    b   \n"
+
+    def test_print_results_tables(self, capsys):
+        collect_results.print_results_tables([record(**PLAIN)], IIDAccuracySelectionMethod, False)
+        out = capsys.readouterr().out
+        assert out.startswith("\n-------- Dataset: ColoredMNIST,")
+        assert out.endswith("ERM                        25.0 +/- 0.0               25.0                      \n")
+
+    def test_format_mean(self):
+        assert collect_results.format_mean([0.5], False) == (50.0, 0.0, "50.0 +/- 0.0")
+
+    def test_remove_key_leaves_the_original_alone(self):
+        original = {"a": 1, "b": {"a": 2}}
+        assert collect_results.remove_key(original, "a") == {"b": {"a": 2}}
+        assert collect_results.remove_key(original, "c") == original == {"a": 1, "b": {"a": 2}}
+
+    def test_recursive_freeze_is_equal_for_equal_contents_only(self):
+        one = {"a": [1, {"b": 2}], "c": None}
+        same = {"c": None, "a": [1, {"b": 2}]}
+        other = {"a": [{"b": 2}, 1], "c": None}
+        freeze = collect_results.recursive_freeze
+        assert len({freeze(one), freeze(same), freeze(other)}) == 2
+
+    def test_merge_records_keeps_the_first_value_and_other_runs_apart(self):
+        records = [
+            record(0, args={"holdout_fraction": 0.2}, loss=1.0),
+            record(1, args={"holdout_fraction": 0.2}, loss=2.0),
+            record(0, args={"holdout_fraction": 0.0}, loss=3.0, fd_env0_in_acc=0.5),
+            record(0, args={"holdout_fraction": 0.0, "seed": 1}, loss=4.0),
+        ]
+        merged = collect_results.merge_records(records)
+        assert merged.map(lambda r: (r["step"], r["loss"], r.get("fd_env0_in_acc"))) == [
+            (0, 1.0, 0.5), (1, 2.0, None), (0, 4.0, None),
+        ]  # fmt: skip
+        assert merged[0]["args"]["holdout_fraction"] == 0.2

@@ -1,0 +1,268 @@
+"""The train script end to end, on Debug28 and the embedded sets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from domainbed import algorithms, datasets
+from domainbed.algorithms.base import Task
+from domainbed.scripts import BadInput, train
+
+QUICK = [
+    "--dataset",
+    "Debug28",
+    "--steps",
+    "3",
+    "--checkpoint_freq",
+    "2",
+    "--hparams",
+    '{"backbone": "small_cnn", "batch_size": 4}',
+]
+
+
+def run(output_dir: Path, *flags: str) -> list[dict[str, Any]]:
+    """Runs the script in this process; returns its records."""
+    assert train.main([*QUICK, "--output_dir", str(output_dir), *flags]) == 0
+    return [json.loads(line) for line in (output_dir / "results.jsonl").read_text().splitlines()]
+
+
+def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    drop = {"step_time", "mem_gb", "args"}
+    return [{key: value for key, value in record.items() if key not in drop} for record in records]
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    records = run(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "done", "err.txt", "lock", "model.pkl", "out.txt", "results.jsonl",
+    ]  # fmt: skip
+    assert (tmp_path / "run" / "done").read_bytes() == b"done"
+    assert [record["step"] for record in records] == [0, 2]
+    domainbeds = {f"env{e}_{kind}_acc" for e in range(3) for kind in ("in", "out")}
+    assert domainbeds | {"step", "epoch", "loss", "step_time", "mem_gb", "hparams", "args"} <= records[0].keys()
+    assert {"env0_in_wga", "env0_in_g0_acc", "env0_in_g0_n"} <= records[0].keys()
+    assert (
+        records[0]["args"] | {"algorithm": "ERM", "test_envs": [0], "steps": 3, "uda_holdout_fraction": 0}
+        == records[0]["args"]
+    )
+    printed = capsys.readouterr().out
+    assert (tmp_path / "run" / "out.txt").read_text() == printed
+    header = next(line for line in printed.splitlines() if line.startswith("env0_in_acc"))
+    assert "env0_in_wga" in header
+    assert "_g0_" not in header
+
+
+def test_equal_arguments_give_equal_runs(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    assert without_time(first) == without_time(second)
+    one, two = (torch.load(tmp_path / name / "model.pkl", weights_only=True)["model_dict"] for name in "ab")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_model_loads_back_into_a_predictor(tmp_path: Path) -> None:
+    flags = ["--algorithm", "EX2L_MAE", "--hparams_seed", "2"]
+    run(tmp_path, *flags, "--hparams", '{"backbone": "small_cnn", "batch_size": 4}')
+    saved = torch.load(tmp_path / "model.pkl", weights_only=True)
+    algorithm = algorithms.get_algorithm_class("EX2L_MAE").from_task(
+        Task.from_dict(saved["task"]), saved["model_hparams"]
+    )
+    algorithm.load_state_dict(saved["model_dict"])
+    assert algorithm.predict(torch.zeros(2, 3, 28, 28)).shape == (2, 2)
+
+
+def test_running_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    run(tmp_path)
+    assert "already done" in capsys.readouterr().out
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    with pytest.raises(BadInput, match=r"another run \(seed: 0 there, 1 now\).*--overwrite"):
+        run(tmp_path, "--seed", "1")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert run(tmp_path, "--seed", "1", "--overwrite")[0]["args"]["seed"] == 1
+
+
+def test_an_unfinished_run_starts_over_without_doubling_records(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    (tmp_path / "done").unlink()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text(lines[0] + lines[1][:50])  # killed while it wrote
+    assert without_time(run(tmp_path)) == without_time(whole)
+
+
+def test_a_directory_that_another_process_works_in(tmp_path: Path) -> None:
+    hold = """
+import sys
+from domainbed import run_directory
+with run_directory.lock(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdin=-1, stdout=-1, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert train.main([*QUICK, "--output_dir", str(tmp_path)]) == 73
+        holder.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algorithm", "GroupDR0"], "algorithm not found: GroupDR0; did you mean GroupDRO"),
+        (["--dataset", "Debug27"], "dataset not found: Debug27; did you mean Debug28"),
+        (["--partition", "groups"], "partition not found: groups; did you mean group"),
+        (["--test_envs", "3"], r"--test_envs 3: Debug28 has the test environments \[0, 1, 2\]"),
+        (["--test_envs", "0", "1", "2"], "leaves no environment"),
+        (["--hparams", "[1]"], "hparams are a JSON object"),
+        (["--hparams", "{lr: 1}"], "hparams are a JSON object"),
+        (["--hparams", '{"lrr": 1}'], "hparam of ERM not found: lrr; did you mean lr"),
+        (["--algorithm", "DANN", "--partition", "random"], "DANN compares at least 2 minibatches"),
+        (["--dataset", "ColoredMNIST"], "ColoredMNIST needs --data_dir"),
+        (["--task", "domain_adaptation"], "needs unlabelled images"),
+        (["--steps", "-1"], "--steps -1"),
+        (["--holdout_fraction", "1.5"], "fractions below 1"),
+        (["--keep_best", "aa_wga", "--holdout_fraction", "0"], "--keep_best needs groups and validation"),
+        (["--partition", "group", "--hparams", '{"batch_size": 0}'], "batch_size"),
+    ],
+)
+def test_bad_input_is_explained_and_leaves_nothing_that_looks_complete(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(tmp_path, *flags)
+    assert not {"done", "results.jsonl", "model.pkl"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_output_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(BadInput, match="is a file"):
+        run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_from_the_shell_bad_input_is_one_line_and_a_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "domainbed.scripts.train", "--algo", "ERMM", "--output_dir", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: algorithm not found: ERMM; did you mean ERM?")
+    assert process.stderr.count("\n") == 1
+
+
+def test_a_crash_leaves_its_traceback_and_no_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *_: Any) -> None:
+        raise RuntimeError("out of ideas")
+
+    monkeypatch.setattr(algorithms.get_algorithm_class("ERM"), "update", fail)
+    with pytest.raises(RuntimeError, match="out of ideas"):
+        run(tmp_path)
+    assert "out of ideas" in (tmp_path / "err.txt").read_text()
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_batch_larger_than_its_split_trains(tmp_path: Path) -> None:
+    assert len(run(tmp_path, "--hparams", '{"backbone": "small_cnn", "batch_size": 64}')) == 2
+
+
+def test_abbreviations_of_domainbeds_documentation(tmp_path: Path) -> None:
+    assert run(tmp_path, "--test_env", "2", "--hparams_s", "0", "--algo", "ERM")[0]["args"]["test_envs"] == [2]
+
+
+def test_partition_is_recorded_and_may_be_chosen(tmp_path: Path) -> None:
+    assert run(tmp_path / "a", "--algorithm", "ERM")[0]["args"]["partition"] == "environment"
+    assert run(tmp_path / "b", "--algorithm", "EX2L_MAE")[0]["args"]["partition"] == "group"
+    assert run(tmp_path / "c", "--partition", "confounder")[0]["args"]["partition"] == "confounder"
+
+
+def test_selection_splits_leave_out_only_what_nothing_selects_by(tmp_path: Path) -> None:
+    everything, few = run(tmp_path / "a"), run(tmp_path / "b", "--eval_splits", "selection")
+    left_out = {key for key in everything[0].keys() - few[0].keys() if key.endswith("_in_acc")}
+    assert left_out == {"env1_in_acc", "env2_in_acc"}
+    assert all(everything[1][key] == few[1][key] for key in few[1] if key.startswith("env"))
+
+
+def test_best_model_is_the_one_with_the_best_validation_score(tmp_path: Path) -> None:
+    flags = ["--dataset", "DigitsSubpop", "--test_envs", "3", "--steps", "9", "--keep_best", "aa_wga"]
+    records = run(tmp_path, *flags, "--hparams", '{"batch_size": 16}')
+    scores = {r["step"]: (r["env2_in_acc"] + r["env2_in_wga"]) / 2 for r in records}  # balanced: no pooling needed
+    best = torch.load(tmp_path / "model_best.pkl", weights_only=True)
+    assert best["validation_aa_wga"] == pytest.approx(max(scores.values()))
+    assert best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+
+
+def test_official_validation_is_not_split(tmp_path: Path) -> None:
+    (record, *_) = run(tmp_path, "--dataset", "DigitsSubpop", "--test_envs", "3", "--steps", "1", "--algorithm", "IRM")
+    assert {key for key in record if key.endswith("_acc") and "_g" not in key} == {f"env{e}_in_acc" for e in range(4)}
+
+
+def test_domain_adaptation_gets_unlabelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    erm = algorithms.get_algorithm_class("ERM")
+
+    class Adapting(erm):  # type: ignore[misc, valid-type]
+        def update(self, minibatches, unlabeled=None):
+            seen.append(unlabeled)
+            return super().update(minibatches)
+
+    monkeypatch.setattr(algorithms, "Adapting", Adapting, raising=False)
+    flags = [
+        "--task",
+        "domain_adaptation",
+        "--uda_holdout_fraction",
+        "0.5",
+        "--algorithm",
+        "Adapting",
+        "--test_envs",
+        "1",
+        "2",
+    ]
+    (record, *_) = run(tmp_path, *flags)
+    assert [tuple(x.shape) for x in seen[0]] == [(4, 3, 28, 28)] * 2
+    assert {"env0_uda_acc", "env1_uda_acc"} <= record.keys()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    erm = algorithms.get_algorithm_class("ERM")
+    predict = erm.predict
+
+    def watched(self: Any, x: torch.Tensor) -> torch.Tensor:
+        logits = predict(self, x)
+        seen.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(erm, "predict", watched)
+    run(tmp_path, "--precision", precision)
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+def test_a_dataset_set_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(datasets.get_dataset_class("Debug28")):  # type: ignore[misc]
+        ENVIRONMENTS = ("a", "b", "c")
+
+    monkeypatch.setattr(datasets, "Mine", Mine, raising=False)
+    assert run(tmp_path, "--dataset", "Mine")[0]["args"]["dataset"] == "Mine"
+
+
+@pytest.mark.parametrize("name", ["ColoredMNIST", "RotatedMNIST"])
+def test_mnist_trains(tmp_path: Path, mnist_root: Path, name: str) -> None:
+    flags = [
+        "--dataset",
+        name,
+        "--data_dir",
+        str(mnist_root),
+        "--steps",
+        "1",
+        "--algorithm",
+        "GroupDRO",
+        "--partition",
+        "group",
+    ]
+    (record,) = run(tmp_path, *flags, "--hparams", '{"backbone": "small_cnn", "batch_size": 16}')
+    assert 0 <= record["env0_in_wga"] <= record["env0_in_acc"] <= 1
