@@ -38,9 +38,10 @@ def grad_cam(maps: Tensor, score: Tensor, *, policy: str = "constant", relu: boo
     )
     if gradient is None:
         raise ValueError("score does not depend on maps; pass both from the same forward pass, maps first")
-    weights = gradient.float().mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    weights = gradient.float().mean(dim=(2, 3))  # (B, C)
     activations = maps.detach() if policy == "none" else maps
-    heatmaps = (weights * activations.float()).sum(dim=1)  # no matrix product: autocast would round it
+    with torch.autocast(maps.device.type, enabled=False):  # which would round the product
+        heatmaps = torch.einsum("bc,bchw->bhw", weights, activations.float())
     return heatmaps.relu() if relu else heatmaps
 
 

@@ -148,16 +148,25 @@ def _declared(package: str) -> dict[str, dict[str, Any]]:
     return classes
 
 
+@functools.cache
+def _base_literals(package: str) -> dict[str, Any]:
+    return _literals(ast.parse((_ROOT / package / "base.py").read_text(encoding="utf-8")).body)
+
+
 def order(package: str) -> tuple[str, ...]:
     """DomainBed's names in its order: the literal ``DOMAINBED_ORDER`` of a folder's base module."""
-    tree = ast.parse((_ROOT / package / "base.py").read_text(encoding="utf-8"))
-    return tuple(_literals(tree.body)["DOMAINBED_ORDER"])
+    return tuple(_base_literals(package)["DOMAINBED_ORDER"])
+
+
+def domainbed_environments(dataset: str) -> tuple[str, ...] | None:
+    """The environments of a dataset of DomainBed, whether or not its class is here; None for another dataset."""
+    found: tuple[str, ...] | None = _base_literals("datasets")["DOMAINBED_ORDER"].get(dataset)
+    return found
 
 
 def names(package: str) -> list[str]:
     """The registered names of a folder ("algorithms", "datasets"), DomainBed's first, without importing it."""
-    tree = ast.parse((_ROOT / package / "base.py").read_text(encoding="utf-8"))
-    literals = _literals(tree.body)
+    literals = _base_literals(package)
     ranks = {name: rank for rank, name in enumerate([*literals["DOMAINBED_ORDER"], *literals["OWN_ORDER"]])}
     registered = [name for name, facts in _declared(package).items() if facts[""]]
     return sorted(registered, key=lambda name: ranks.get(name, len(ranks)))

@@ -110,7 +110,7 @@ def columns(dataset: str, records: Iterable[Record]) -> dict[int, str]:
     class shows env0, env1, ... as far as its records know environments.
     """
     own = [record for record in records if record["args"]["dataset"] == dataset]
-    names = declared("datasets", dataset, "ENVIRONMENTS")
+    names = registry.domainbed_environments(dataset) or declared("datasets", dataset, "ENVIRONMENTS")
     if names is None:
         known = [env for record in own for split in ("in", "out") for env in keys.environments(record, split)]
         names = [f"env{env}" for env in range(max(known, default=-1) + 1)]

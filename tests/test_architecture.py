@@ -120,6 +120,7 @@ def test_the_light_reading_of_class_attributes_agrees_with_the_classes() -> None
     for name in algorithms.ALGORITHMS:
         assert registry.attribute("algorithms", name, "PARTITION", "environment") == getattr(algorithms, name).PARTITION
     for name in datasets.DATASETS:
+        assert registry.domainbed_environments(name) in (None, datasets.get_dataset_class(name).ENVIRONMENTS)
         for attribute in ("ENVIRONMENTS", "TEST_ENVS", "VALIDATION_ENVS", "HPARAMS", "HPARAMS_SIZE", "NEEDS_DATA_DIR"):
             actual = getattr(datasets.get_dataset_class(name), attribute)
             assert (

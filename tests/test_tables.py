@@ -284,3 +284,7 @@ class TestGroupTables:
 def test_escape_covers_latexs_special_characters():
     assert tables.escape(r"+90%_a&b#c$d{e}") == r"+90\%\_a\&b\#c\$d\{e\}"
     assert tables.escape("\\ ~ ^ ±") == r"\textbackslash{} \~{} \^{} $\pm$"
+
+
+def test_columns_of_domainbeds_datasets_need_no_class():
+    assert tables.columns("VLCS", []) == {0: "C", 1: "L", 2: "S", 3: "V"}

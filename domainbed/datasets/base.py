@@ -13,14 +13,31 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from domainbed.lib import misc
 from domainbed.registry import Registry
 
-DOMAINBED_ORDER = (
-    "Debug28", "Debug224", "ColoredMNIST", "RotatedMNIST", "VLCS", "PACS", "OfficeHome", "TerraIncognita",
-    "DomainNet", "SVIRO", "WILDSCamelyon", "WILDSFMoW", "SpawriousO2O_easy", "SpawriousO2O_medium",
-    "SpawriousO2O_hard", "SpawriousM2M_easy", "SpawriousM2M_medium", "SpawriousM2M_hard",
-)  # fmt: skip
+# DomainBed's datasets in its order, with the names of their environments: the tables of its sweeps can be printed
+# whether or not the dataset's class is here.
+DOMAINBED_ORDER = {
+    "Debug28": ("0", "1", "2"),
+    "Debug224": ("0", "1", "2"),
+    "ColoredMNIST": ("+90%", "+80%", "-90%"),
+    "RotatedMNIST": ("0", "15", "30", "45", "60", "75"),
+    "VLCS": ("C", "L", "S", "V"),
+    "PACS": ("A", "C", "P", "S"),
+    "OfficeHome": ("A", "C", "P", "R"),
+    "TerraIncognita": ("L100", "L38", "L43", "L46"),
+    "DomainNet": ("clip", "info", "paint", "quick", "real", "sketch"),
+    "SVIRO": ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe"),
+    "WILDSCamelyon": ("hospital_0", "hospital_1", "hospital_2", "hospital_3", "hospital_4"),
+    "WILDSFMoW": ("region_0", "region_1", "region_2", "region_3", "region_4", "region_5"),
+    "SpawriousO2O_easy": ("Test", "SC_group_1", "SC_group_2"),
+    "SpawriousO2O_medium": ("Test", "SC_group_1", "SC_group_2"),
+    "SpawriousO2O_hard": ("Test", "SC_group_1", "SC_group_2"),
+    "SpawriousM2M_easy": ("Test", "SC_group_1", "SC_group_2"),
+    "SpawriousM2M_medium": ("Test", "SC_group_1", "SC_group_2"),
+    "SpawriousM2M_hard": ("Test", "SC_group_1", "SC_group_2"),
+}
 OWN_ORDER = ("ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop")
 
-REGISTRY: Registry[Any] = Registry("dataset", DOMAINBED_ORDER + OWN_ORDER)
+REGISTRY: Registry[Any] = Registry("dataset", (*DOMAINBED_ORDER, *OWN_ORDER))
 register = REGISTRY.register
 
 Integers = NDArray[np.int64]

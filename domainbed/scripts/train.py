@@ -173,6 +173,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     Raises:
         ValueError, FileNotFoundError: what was asked for doesn't fit together, or files are missing.
     """
+    training.keep_freed_memory()
     seed_everything(args["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset_class, test_envs = datasets.get_dataset_class(args["dataset"]), args["test_envs"]
