@@ -25,6 +25,8 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
+        "slurm": ["submitit>=1.5"],
+        "report": ["matplotlib>=3.8", "umap-learn>=0.5"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy"],
     },
 )

@@ -2,8 +2,9 @@
 
 The modules in the order in which data flows; each imports only from those above it:
 
+    seeding, console, machine,
+    overrides                         the hash of seeds; table rows; CPU cores; hparams as users write them
     registry                          name -> class; class attributes read without importing
-    seeding, console                  the hash of seeds; table rows and a console that is kept in a file
     lib/                              helpers at the paths that DomainBed users import
     datasets/                      1  images, labels y, confounders c, groups g, environments e
     partitions, loaders            2  which examples share a minibatch; minibatches and evaluation batches

@@ -1,6 +1,6 @@
 """eX2L: keep a label network's eyes off what a confounder network looks at; one row per similarity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,23 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks, similarities
-from domainbed.algorithms.base import Algorithm, Minibatches, Task, concatenate, register
-from domainbed.attribution import capture, grad_cam, target_logit
-
-Hparam = tuple[float, Callable[[Any], float]]  # default, how to draw
-
-
-def _learning_rate(dataset: Any) -> Hparam:
-    """DomainBed's learning rate of Adam; ``dataset.small`` tells its small images from the others."""
-    if dataset.small:
-        return 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
-    return 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
-
-
-def _weight_decay(dataset: Any) -> Hparam:
-    if dataset.small:
-        return 0.0, lambda r: 0.0
-    return 0.0, lambda r: 10 ** r.uniform(-6, -2)
+from domainbed.algorithms.base import (
+    Algorithm,
+    Minibatches,
+    Task,
+    concatenate,
+    learning_rate,
+    register,
+    weight_decay,
+)
+from domainbed.attribution import POLICIES, capture, grad_cam, target_logit
 
 
 def _network(input_shape: Sequence[int], n_outputs: int, hparams: dict[str, Any]) -> nn.Sequential:
@@ -107,10 +100,10 @@ class EX2L(Algorithm):
     HPARAMS = {
         "lambda_1": (1.0, lambda r: 10 ** r.uniform(-1, 2)),
         "lambda_2": (0.3, lambda r: 10 ** r.uniform(-2, 1)),
-        "lr_l": _learning_rate,
-        "lr_c": _learning_rate,
-        "wd_l": _weight_decay,
-        "wd_c": _weight_decay,
+        "lr_l": learning_rate,
+        "lr_c": learning_rate,
+        "wd_l": weight_decay,
+        "wd_c": weight_decay,
         "map_gradient": ("constant", lambda r: "constant"),
     }
 
@@ -128,6 +121,8 @@ class EX2L(Algorithm):
                 f"{type(self).__name__} needs at least 2 confounder values, got num_confounders={num_confounders}; "
                 "take a dataset with confounder labels and build with from_task, which passes their number on"
             )
+        if hparams["map_gradient"] not in POLICIES:
+            raise ValueError(f"map_gradient {hparams['map_gradient']!r} is unknown; take one of {', '.join(POLICIES)}")
         self.similarity = similarities.REGISTRY[self.SIMILARITY]
 
         self.network = _network(input_shape, num_classes, hparams)

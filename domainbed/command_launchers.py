@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from domainbed import registry
+from domainbed import machine, registry
 
 Launcher = Callable[..., Any]
 
@@ -194,7 +194,7 @@ def local_launcher(commands: Sequence[str], *, workers: int | None = None, threa
         ValueError: ``workers`` or ``threads`` is out of range.
     """
     gpus = visible_gpus()
-    workers = (len(gpus) or len(os.sched_getaffinity(0))) if workers is None else workers
+    workers = (len(gpus) or machine.cores()) if workers is None else workers
     if workers < 1 or threads < 0:
         raise ValueError(f"local launcher: workers must be >= 1 and threads >= 0; got {workers} and {threads}")
     return _Pool(commands, child_environments(workers, threads, gpus)).run()

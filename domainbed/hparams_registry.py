@@ -6,7 +6,6 @@ never changes another's draws; equal names have equal draws in all algorithms.
 """
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from domainbed import algorithms, registry
-from domainbed.algorithms.base import HparamsEntry
+from domainbed.algorithms.base import HparamsEntry, learning_rate, weight_decay
 from domainbed.seeding import seed_hash
 
 logger = logging.getLogger(__name__)
@@ -61,10 +60,8 @@ SHARED: dict[str, HparamsEntry] = {
     "vit_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
     "class_balanced": _constant(False),
     "nonlinear_classifier": _constant(False),
-    "lr": lambda dataset: (
-        (1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)) if dataset.small else (5e-5, lambda r: 10 ** r.uniform(-5, -3.5))
-    ),
-    "weight_decay": lambda dataset: _constant(0.0) if dataset.small else (0.0, lambda r: 10 ** r.uniform(-6, -2)),
+    "lr": learning_rate,
+    "weight_decay": weight_decay,
     "batch_size": lambda dataset: (
         (64, lambda r: int(2 ** r.uniform(3, 9))) if dataset.small else (32, lambda r: int(2 ** r.uniform(3, 5.5)))
     ),
@@ -96,38 +93,36 @@ def _define_hparam(
     hparams[hparam_name] = (default_val, random_val_fn)
 
 
-def check_unknown(algorithm_class: type, dataset_name: str, given: Mapping[str, Any]) -> None:
-    """Looks for misspelt keys among hparams that a user gave.
+def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, Any]) -> None:
+    """Looks for misspelt keys and values of the wrong type among hparams that a user gave.
 
     A class that declares ``HPARAMS`` is taken at its word; of others we can't know what they read, so that only a
     likely slip is warned of.
 
     Raises:
-        ValueError: the class body declares ``HPARAMS`` and neither it nor the shared table has the key.
+        ValueError: the class body declares ``HPARAMS`` and neither it nor the shared table has the key; or a value is
+            not of its default's type.
     """
-    known = sorted({*_table(algorithm_class, dataset_name), *OPTIONAL})
-    for name in (name for name in given if name not in known):
-        if "HPARAMS" in vars(algorithm_class):
-            raise ValueError(registry.not_found(f"hparam of {algorithm_class.__name__}", name, known))
-        for close in difflib.get_close_matches(name, known, n=1):
-            logger.warning("hparam %s is passed on to %s; did you mean %s?", name, algorithm_class.__name__, close)
+    table = _table(algorithm_class, dataset_name)
+    for name, value in given.items():
+        if name in table:
+            _check_type(name, value, table[name][0])
+        elif name not in OPTIONAL:
+            _check_name(algorithm_class, name, sorted({*table, *OPTIONAL}))
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """The hparams in a JSON object such as ``{"lr": 0.001}``; none for None or an empty text.
+def _check_name(algorithm_class: type, name: str, known: list[str]) -> None:
+    if "HPARAMS" in vars(algorithm_class):
+        raise ValueError(registry.not_found(f"hparam of {algorithm_class.__name__}", name, known))
+    for close in difflib.get_close_matches(name, known, n=1):
+        logger.warning("hparam %s is passed on to %s; did you mean %s?", name, algorithm_class.__name__, close)
 
-    Raises:
-        ValueError: the text is something else.
-    """
-    if not text:
-        return {}
-    try:
-        overrides = json.loads(text)
-    except ValueError:
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise ValueError(f"""hparams are a JSON object like '{{"lr": 0.001, "resnet18": true}}'; got: {text}""")
-    return overrides
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Numbers for floats, whole numbers for ints; true is no number."""
+    wanted = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise ValueError(f"hparam {name} is {value!r}; give a value like its default, {default!r}")
 
 
 def _table(algorithm_class: type | None, dataset_name: str) -> dict[str, Pair]:

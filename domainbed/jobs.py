@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domainbed import registry, run_directory
+from domainbed import overrides, registry, run_directory
 from domainbed.seeding import seed_hash
+
+logger = logging.getLogger(__name__)
 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = ("label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save")
@@ -71,12 +74,7 @@ def merged_hparams(common: str | None, own: Mapping[str, Any] | None) -> str | N
     Raises:
         ValueError: ``common`` is no JSON object.
     """
-    try:
-        parsed = {} if common is None else json.loads(common)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"hparams are not JSON ({error}): {common}; write for instance '{{\"lr\": 0.001}}'") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"hparams must be a JSON object such as '{{\"lr\": 0.001}}'; got {common}")
+    parsed = overrides.parse(common)
     return json.dumps(parsed | dict(own), sort_keys=True) if own else common
 
 
@@ -118,15 +116,42 @@ def dataset_test_envs(
         except ValueError as error:
             raise ValueError(f"{dataset}: {error}") from error
     for envs in combinations:
-        if len(set(envs) & set(range(n))) != len(envs) or not 0 < len(envs) < n:
-            raise ValueError(
-                f"{dataset}: test environments {envs} are not possible; name some, not all, of 0 to {n - 1}, each once"
-            )
+        _check_test_envs(dataset, envs, n)
     return combinations
 
 
+def _check_test_envs(dataset: str, envs: Sequence[int], n: int) -> None:
+    if len(set(envs) & set(range(n))) != len(envs) or not 0 < len(envs) < n:
+        raise ValueError(
+            f"{dataset}: test environments {envs} are not possible; name some, not all, of 0 to {n - 1}, each once"
+        )
+    validation = registry.attribute("datasets", dataset, "VALIDATION_ENVS", ())
+    official = registry.attribute("datasets", dataset, "TEST_ENVS") if validation else ()
+    if set(envs) & set(validation) or not set(official) <= set(envs):
+        raise ValueError(
+            f"{dataset}: test environments {envs} are not possible; they must contain the official test set "
+            f"{list(official)} and none of the validation set {list(validation)}"
+        )
+
+
+def _trainable(args: Mapping[str, Any]) -> bool:
+    """Whether the job's test environments leave as many to train on as its algorithm compares; warns if not.
+
+    DomainBed's pairs of test environments leave a single one where there are three.
+    """
+    default = registry.attribute("algorithms", args["algorithm"], "PARTITION", "environment")
+    least = registry.attribute("algorithms", args["algorithm"], "MIN_PARTS", 1)
+    n = len(registry.attribute("datasets", args["dataset"], "ENVIRONMENTS"))
+    left = n - len({*args["test_envs"], *registry.attribute("datasets", args["dataset"], "VALIDATION_ENVS", ())})
+    if args.get("partition", default) != "environment" or left >= least:
+        return True
+    where = f"{args['dataset']}, test environments {args['test_envs']}"
+    logger.warning("left out: %s on %s, which leaves %d of %d to train on", args["algorithm"], where, left, least)
+    return False
+
+
 def _check_data_dir(data_dir: str | None, dataset_names: Sequence[str]) -> None:
-    needy = [name for name in dataset_names if registry.attribute("datasets", name, "NEEDS_DATA_DIR", True)]
+    needy = [name for name in dataset_names if registry.attribute("datasets", name, "NEEDS_DATA_DIR", False)]
     if data_dir is None and needy:
         raise ValueError(f"--data_dir is required: {', '.join(needy)} read files; name the directory that holds them")
 
@@ -173,14 +198,15 @@ def make_args_list(
     optional = {"steps": steps, "data_dir": data_dir, **extras}
     shared = {key: value for key, value in optional.items() if value is not None and value is not False}
     shared |= {"task": task, "holdout_fraction": holdout_fraction}
-    return [
+    grid = (
         _job_args(shared | row, dataset, envs, trial_seed, hparams_seed)
         for trial_seed in range(n_trials)
         for dataset in dataset_names
         for row in row_args
         for envs in test_envs[dataset]
         for hparams_seed in range(n_hparams_from, n_hparams)
-    ]
+    )
+    return list(filter(_trainable, grid))
 
 
 def _job_args(

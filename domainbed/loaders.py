@@ -4,8 +4,8 @@ What step s draws is a function of (seed, s) alone: it does not depend on the al
 drawn before, so a method and its control see the same examples.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from domainbed.datasets.base import Integers, Split, confounders, labels
+from domainbed import machine
+from domainbed.datasets.base import InMemoryEnvironment, Integers, Split, confounders
+from domainbed.lib.misc import labels
 from domainbed.partitions import Examples, Part, rows_per_part
 
 EVALUATION_BATCH = 64  # larger batches are slower on a CPU: their maps leave the cache
@@ -36,6 +38,9 @@ class Minibatch(tuple[Tensor, Tensor]):
         self.__dict__.update(arrays)
         return self
 
+    def __getnewargs__(self) -> tuple[Tensor, Tensor]:  # what copying and pickling rebuild it from
+        return self[0], self[1]
+
     def to(self, device: torch.device | str) -> "Minibatch":
         """The same minibatch on a device."""
         x, y = self
@@ -45,15 +50,21 @@ class Minibatch(tuple[Tensor, Tensor]):
 def examples_of(splits: Sequence[Split], num_confounders: int) -> Examples:
     """The aligned arrays of the splits' examples, one split after the other."""
     return Examples(
-        y=np.concatenate([labels(split.environment)[split.keys] for split in splits]),
+        labels=lambda: np.concatenate([labels(split.environment)[split.keys] for split in splits]),
         c=np.concatenate([confounders(split.environment)[split.keys] for split in splits]),
         e=np.concatenate([np.full(len(split), split.env) for split in splits]),
         num_confounders=num_confounders,
     )
 
 
-class _Items(Dataset[tuple[Tensor, Any]]):
-    """The splits' images and labels one after the other, opened when asked for."""
+def indexes_tensors(environment: Any) -> bool:
+    """Whether an environment takes a tensor of positions as index; one with its own way to open an image may not."""
+    own = getattr(type(environment), "__getitem__", None)
+    return own in (TensorDataset.__getitem__, InMemoryEnvironment.__getitem__)
+
+
+class _Items(Dataset[tuple[Any, Any, int]]):
+    """Image, label and position of the splits' examples one after the other, opened when asked for."""
 
     def __init__(self, splits: Sequence[Split]):
         self.environments = [split.environment for split in splits]
@@ -62,9 +73,10 @@ class _Items(Dataset[tuple[Tensor, Any]]):
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> tuple[Any, Any, int]:
         split, key = self.where[position]
-        return self.environments[split][key]
+        x, y = self.environments[split][key][:2]
+        return x, y, position
 
 
 class _Steps(Sampler[list[int]]):
@@ -74,10 +86,7 @@ class _Steps(Sampler[list[int]]):
         self.draw = draw
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = 0
-        while True:
-            yield self.draw(step).tolist()
-            step += 1
+        return (self.draw(step).tolist() for step in itertools.count())
 
 
 class TrainingLoader:
@@ -136,15 +145,14 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[list[Minibatch]]:
         steps = _Steps(self.draw)
-        if all(isinstance(split.environment, TensorDataset) for split in self.splits):
-            images: Iterator[Any] = map(self._gather, map(np.asarray, steps))
-        else:
-            images = iter(DataLoader(_Items(self.splits), batch_sampler=steps, num_workers=workers(self.num_workers)))
-        for positions, (x, y) in zip(steps, images, strict=True):
-            yield self._minibatches(torch.as_tensor(positions), x, y)
+        batches: Iterable[Any] = map(self._gather, map(np.asarray, steps))
+        if not all(indexes_tensors(split.environment) for split in self.splits):
+            batches = DataLoader(_Items(self.splits), batch_sampler=steps, num_workers=workers(self.num_workers))
+        for x, y, positions in batches:
+            yield self._minibatches(x, y, positions)
 
-    def _gather(self, positions: Integers) -> tuple[Tensor, Tensor]:
-        """Images and labels at positions, straight from the environments' tensors."""
+    def _gather(self, positions: Integers) -> tuple[Tensor, Tensor, Tensor]:
+        """Images and labels at positions, straight from the environments' tensors; and the positions."""
         e, keys = self.examples.e[positions], self.keys[positions]
         order, pieces = [], []
         for split in self.splits:
@@ -153,9 +161,10 @@ class TrainingLoader:
                 order.append(chosen)
                 pieces.append(split.environment[torch.from_numpy(keys[chosen])])
         back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
-        return torch.cat([x for x, _ in pieces])[back], torch.cat([y for _, y in pieces])[back]
+        x, y = (torch.cat(column)[back] for column in zip(*pieces, strict=True))
+        return x, y, torch.from_numpy(positions)
 
-    def _minibatches(self, positions: Tensor, x: Tensor, y: Tensor) -> list[Minibatch]:
+    def _minibatches(self, x: Tensor, y: Tensor, positions: Tensor) -> list[Minibatch]:
         c, e, i = (torch.from_numpy(a)[positions] for a in (self.examples.c, self.examples.e, self.keys))
         columns = {"c": c, "g": y * self.examples.num_confounders + c, "e": e, "i": i}
         parts = {name: column.split(self.rows) for name, column in columns.items()}
@@ -165,7 +174,7 @@ class TrainingLoader:
 
 def evaluation_batches(environment: Any, keys: Integers, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, H, W) and labels (B,) of an environment at keys, once, in their order."""
-    if isinstance(environment, TensorDataset):
+    if indexes_tensors(environment):
         for some in torch.from_numpy(keys).split(EVALUATION_BATCH):
             yield environment[some]
     else:
@@ -175,5 +184,5 @@ def evaluation_batches(environment: Any, keys: Integers, num_workers: int = 0) -
 
 def workers(most: int) -> int:
     """How many loader processes to start: never more than there are cores, and none where there is one."""
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     return 0 if cores == 1 else min(most, cores)

@@ -1,7 +1,8 @@
 """Which examples share a minibatch: functions of the training splits' arrays that return the parts."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,16 +22,20 @@ class Examples:
     """The training examples of all splits one after the other, as aligned arrays (N,) int64.
 
     Attributes:
-        y: labels in [0, K).
+        labels: gives ``y``, the labels in [0, K), when they are first asked for: some datasets must open every image.
         c: confounder values in [0, V).
         e: environments.
         num_confounders: V; 1 where no confounder is known.
     """
 
-    y: Integers
+    labels: Callable[[], Integers]
     c: Integers
     e: Integers
     num_confounders: int
+
+    @functools.cached_property
+    def y(self) -> Integers:
+        return self.labels()
 
     @property
     def g(self) -> Integers:
@@ -63,7 +68,7 @@ def environment(examples: Examples) -> list[Part]:
 @register
 def random(examples: Examples) -> list[Part]:
     """One minibatch, the natural mix of all training examples (the paper's Random)."""
-    return [Part("all examples", np.arange(len(examples.y)))]
+    return [Part("all examples", np.arange(len(examples.c)))]
 
 
 @register

@@ -8,8 +8,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from domainbed.seeding import seed_hash
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -89,8 +92,13 @@ def load_plugins(package: str) -> None:
     for plugin in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
         if not plugin.endswith(".py"):
             importlib.import_module(plugin)
-        elif (name := f"domainbed_plugin_{Path(plugin).stem}") not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, plugin)
+            continue
+        path = Path(plugin).resolve()
+        if not path.exists():
+            raise FileNotFoundError(f"${PLUGINS_VARIABLE} names {plugin}, which does not exist")
+        name = f"domainbed_plugin_{path.stem}_{seed_hash(str(path))}"
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None
             sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -98,13 +106,22 @@ def load_plugins(package: str) -> None:
 
 
 def import_modules(package: str) -> dict[str, Any]:
-    """Imports every module of a folder, in name order; returns the public names they define themselves."""
+    """Imports every module of a folder and those beside it that belong to it; returns the public names they define."""
     found: dict[str, Any] = {}
-    for path in sorted((_ROOT / package).glob("[!_]*.py")):
-        module = importlib.import_module(f"domainbed.{package}.{path.stem}")
+    for path in _sources(package):
+        module = importlib.import_module(_module_name(path))
         own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__}
         found |= {k: v for k, v in own.items() if not k.startswith("_")}
     return found
+
+
+def import_class(package: str, name: str) -> Any:
+    """A class that a file of the folder defines, from that file; None if there is none.
+
+    A new file in the folder may say ``from domainbed.algorithms import ERM`` before that folder is imported whole.
+    """
+    facts = _declared(package).get(name)
+    return None if facts is None else getattr(importlib.import_module(facts.module), name)
 
 
 # Reading the source instead of importing it keeps `sweep` and `collect_results` free of torch.
@@ -131,21 +148,48 @@ def _sources(package: str) -> list[Path]:
     return [*sorted((_ROOT / package).glob("[!_]*.py")), *sorted(_ROOT.glob(f"{package}_*.py"))]
 
 
+def _module_name(path: Path) -> str:
+    return ".".join(["domainbed", *path.relative_to(_ROOT).with_suffix("").parts])
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the source says of a class: where it is, its bases' names, its own literal attributes, its decorator."""
+
+    module: str
+    bases: tuple[str, ...]
+    literals: dict[str, Any]
+    registered: bool
+
+
 @functools.cache
-def _declared(package: str) -> dict[str, dict[str, Any]]:
-    """Every class of a folder with its literal attributes, inherited ones included; key "" marks a registered one."""
-    classes: dict[str, dict[str, Any]] = {}
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in _sources(package)}
-    for stem in sorted(trees, key=lambda stem: stem != "base"):  # bases first
-        for node in trees[stem].body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            inherited: dict[str, Any] = {}
-            for base in reversed(node.bases):
-                inherited |= classes.get(base.id if isinstance(base, ast.Name) else "", {})
-            decorators = [d.id for d in node.decorator_list if isinstance(d, ast.Name)]
-            classes[node.name] = inherited | _literals(node.body) | {"": "register" in decorators}
-    return classes
+def _declared(package: str) -> dict[str, _Facts]:
+    """Every class that the folder's files define."""
+    found = {}
+    for path in _sources(package):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                registered = any(isinstance(d, ast.Name) and d.id == "register" for d in node.decorator_list)
+                bases = tuple(ast.unparse(base) for base in node.bases)
+                found[node.name] = _Facts(_module_name(path), bases, _literals(node.body), registered)
+    return found
+
+
+def _inherited(package: str, name: str) -> dict[str, Any] | None:
+    """The literal attributes of a class and its bases; None if a base is not in the folder's files."""
+    declared = _declared(package)
+    facts = declared.get(name)
+    if facts is None:
+        return None
+    if facts.module == f"domainbed.{package}.base":
+        return facts.literals  # what the bases themselves derive from has no attributes of ours
+    found: dict[str, Any] = {}
+    for base in reversed(facts.bases):
+        attributes = _inherited(package, base)
+        if attributes is None:
+            return None
+        found |= attributes
+    return found | facts.literals
 
 
 @functools.cache
@@ -168,18 +212,19 @@ def names(package: str) -> list[str]:
     """The registered names of a folder ("algorithms", "datasets"), DomainBed's first, without importing it."""
     literals = _base_literals(package)
     ranks = {name: rank for rank, name in enumerate([*literals["DOMAINBED_ORDER"], *literals["OWN_ORDER"]])}
-    registered = [name for name, facts in _declared(package).items() if facts[""]]
+    registered = [name for name, facts in _declared(package).items() if facts.registered]
     return sorted(registered, key=lambda name: ranks.get(name, len(ranks)))
 
 
 def attribute(package: str, name: str, attribute: str, default: Any = None) -> Any:
-    """A literal class attribute of a registered class; a name that the files lack is really imported.
+    """A literal class attribute of a registered class; a class that the files do not settle is really imported.
 
     Raises:
         NotImplementedError: no class of that name, imported or not.
     """
-    facts = _declared(package)
-    if name in facts and facts[name][""]:
-        return facts[name].get(attribute, default)
+    facts = _declared(package).get(name)
+    literals = _inherited(package, name) if facts and facts.registered else None
+    if literals is not None:
+        return literals.get(attribute, default)
     module = importlib.import_module(f"domainbed.{package}")
     return getattr(module.find(name), attribute, default)

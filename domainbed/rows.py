@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from domainbed import registry
-from domainbed.run_directory import NOT_IDENTITY
 
 # What tells the runs of a row apart, or changes no number.
-NOT_ROW = {*NOT_IDENTITY, "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "eval_splits"}
+NOT_ROW = {
+    "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "data_dir", "output_dir",
+    "eval_splits", "keep_best", "skip_model_save", "save_model_every_checkpoint", "overwrite",
+}  # fmt: skip
 NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.
 DEFAULTS = {
@@ -112,8 +114,8 @@ def row_names(cells: Iterable[Collection[Row]], partition: bool = True) -> dict[
     varying = set().union(*map(_varying, together))
     names = {row: row.label or row.describe(varying, partition) for cell in together for row in cell}
     for cell in together:
-        lines = Counter((row.label, partition or row.partition) for row in cell)
-        clashing = [row for row in cell if row.label and lines[row.label, partition or row.partition] > 1]
+        lines = Counter((names[row], partition or row.partition) for row in cell)
+        clashing = [row for row in cell if row.label and lines[names[row], partition or row.partition] > 1]
         names |= {row: f"{row.label} ({row.describe(varying, partition)})" for row in clashing}
     return names
 

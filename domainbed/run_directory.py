@@ -13,9 +13,6 @@ from domainbed import records
 LOCK_FILE = "lock"
 EXIT_LOCKED = 73  # another process is running here
 
-# Where a run is stored and read from, and how often it is saved, do not make it another run.
-NOT_IDENTITY = ("output_dir", "data_dir", "overwrite", "skip_model_save", "save_model_every_checkpoint", "keep_best")
-
 
 class RunLocked(RuntimeError):
     """Another process holds this run's directory."""
@@ -84,8 +81,17 @@ def clear(directory: str | os.PathLike[str]) -> None:
             path.unlink()
 
 
-def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> None:
+def is_fresh(directory: str | os.PathLike[str]) -> bool:
+    """Whether no run has left a record here."""
+    return not (is_done(directory) or Path(directory, records.RESULTS_FILE).exists())
+
+
+def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuses a directory that holds another run's records.
+
+    Args:
+        args: the arguments of the run that is to start.
+        defaults: what an argument was that the records lack, as DomainBed's lack ours.
 
     Raises:
         ValueError: names each argument that differs, and --overwrite.
@@ -98,11 +104,11 @@ def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any]) -
                 f"{path} holds no run of ours; name another --output_dir, or pass --overwrite to replace it"
             )
         return
-    theirs = stored[0]["args"]
+    theirs = {**defaults, **stored[0]["args"]}
     differing = [
         f"{key}: {theirs.get(key)!r} there, {args.get(key)!r} now"
         for key in sorted(args.keys() | theirs.keys())
-        if key not in NOT_IDENTITY and theirs.get(key) != args.get(key)
+        if key != "output_dir" and theirs.get(key) != args.get(key)
     ]
     if differing:
         raise ValueError(

@@ -15,7 +15,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the top to the bottom; a module may import those before it, and those of its own entry.
 LAYERS = [
-    ["registry"], ["seeding", "console"], ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
+    ["seeding", "console", "machine", "overrides"], ["registry"],
+    ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["datasets"], ["partitions"], ["loaders"], ["networks"], ["attribution"], ["similarities"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["lib.reporting"],
     ["run_directory"], ["training"], ["rows"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"],

@@ -116,6 +116,12 @@ def test_embedded_datasets_keep_the_protocol(name: str) -> None:
         assert 0 <= environment.c.min() <= environment.c.max() < dataset.num_confounders
 
 
+def test_everything_is_imported_by_a_star() -> None:
+    names: dict[str, Any] = {}
+    exec("from domainbed.algorithms import *", names)
+    assert {*algorithms.ALGORITHMS, "AbstractMMD", "EX2L", "torch", "F", "random_pairs_of_minibatches"} <= names.keys()
+
+
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(NotImplementedError, match="algorithm not found: GroupDR0; did you mean GroupDRO"):
         algorithms.get_algorithm_class("GroupDR0")

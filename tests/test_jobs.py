@@ -46,15 +46,16 @@ GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed an
 
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
-    """Two algorithms and five datasets, in place of those that the package happens to have."""
+    """Some algorithms and datasets, in place of those that the package happens to have."""
     facts = {
-        "algorithms": {"ERM": {}, "IRM": {}, "Mixer": {"PARTITION": "random"}},
+        "algorithms": {"ERM": {}, "IRM": {}, "Mixer": {"PARTITION": "random"}, "Pairs": {"MIN_PARTS": 2}},
         "datasets": {
-            "Debug28": {"ENVIRONMENTS": ("0", "1", "2"), "NEEDS_DATA_DIR": False},
-            "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"]},
-            "Two": {"ENVIRONMENTS": ("a", "b")},
-            "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,)},
-            "Own": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (2,), "NEEDS_DATA_DIR": False},
+            "Debug28": {"ENVIRONMENTS": ("0", "1", "2")},
+            "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"], "NEEDS_DATA_DIR": True},
+            "Two": {"ENVIRONMENTS": ("a", "b"), "NEEDS_DATA_DIR": True},
+            "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,), "NEEDS_DATA_DIR": True},
+            "Own": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (2,)},
+            "Official": {"ENVIRONMENTS": ("a", "b", "c", "d"), "VALIDATION_ENVS": (2,), "TEST_ENVS": (3,)},
         },
     }
 
@@ -135,6 +136,22 @@ def test_impossible_test_environments(envs):
         grid(test_envs_list=[envs])
 
 
+@pytest.mark.parametrize("envs", [[0], [2, 3], [2]])
+def test_official_splits_are_neither_trained_nor_tested_on_by_mistake(envs):
+    assert [args["test_envs"] for args in grid(["Official"], test_envs_list=[[3], [0, 3]])] == [[3], [0, 3]]
+    with pytest.raises(ValueError, match=r"Official: .* the official test set \[3\] and none of .* set \[2\]"):
+        grid(["Official"], test_envs_list=[envs])
+
+
+def test_jobs_that_leave_too_little_to_compare_are_left_out(caplog):
+    args_list = grid(algorithms=["ERM", "Pairs", "Pairs:group"], single=False)
+    found = {row: [a["test_envs"] for a in args_list if (a["algorithm"], a.get("partition")) == row]
+             for row in (("ERM", None), ("Pairs", None), ("Pairs", "group"))}  # fmt: skip
+    everything = [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
+    assert found == {("ERM", None): everything, ("Pairs", None): [[0], [1], [2]], ("Pairs", "group"): everything}
+    assert "left out: Pairs on Debug28, test environments [0, 1], which leaves 1 of 2 to train on" in caplog.text
+
+
 def test_own_partition_spelled_out_is_the_same_job():
     assert grid(algorithms=["ERM:environment", "Mixer:random"]) == grid(algorithms=["ERM", "Mixer"])
     assert grid(algorithms=["Mixer:environment"])[0]["partition"] == "environment"
@@ -155,7 +172,7 @@ def test_hparams_of_rows_lie_over_the_sweeps():
     assert jobs.merged_hparams(None, {}) is None
 
 
-@pytest.mark.parametrize("hparams", ["{lr: 1}", "[1]", "3", ""])
+@pytest.mark.parametrize("hparams", ["{lr: 1}", "[1]", "3"])
 def test_hparams_that_are_no_object(hparams):
     with pytest.raises(ValueError, match="JSON"):
         grid(hparams=hparams)

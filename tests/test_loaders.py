@@ -1,9 +1,11 @@
+import copy
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from domainbed import partitions
 from domainbed.datasets.base import InMemoryEnvironment, Split
@@ -108,6 +110,54 @@ def test_group_counts() -> None:
         for key in split.keys:
             expected[3 * (key % 2) + key // 2 % 3] += 1
     assert loader().group_counts(2) == tuple(expected)
+
+
+class Turned(TensorDataset):
+    """A TensorDataset whose images are made one by one."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        assert x.ndim == 3, "asked for several images at once"
+        return x.flip(2), y
+
+
+def test_a_tensor_dataset_with_its_own_items_is_asked_item_by_item() -> None:
+    turned = Turned(torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 1, 2).clone(), torch.zeros(6).long())
+    split = Split(0, "in", turned, np.arange(6), 0)
+    (minibatch,) = next(iter(TrainingLoader([split], partitions.REGISTRY["random"], 4)))
+    assert minibatch[0][:, 0, 0, 0].tolist() == minibatch.i.tolist()
+    assert len(list(evaluation_batches(turned, np.arange(6)))) == 1
+
+
+class Costly(Dataset):
+    """Images that are dear to open."""
+
+    opened = 0
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        Costly.opened += 1
+        return torch.zeros(1), i % 2
+
+
+def test_labels_are_not_read_before_they_are_needed() -> None:
+    split = Split(0, "in", Costly(), np.arange(50), 0)
+    costly = TrainingLoader([split], partitions.REGISTRY["environment"], 4)
+    next(iter(costly))
+    assert Costly.opened == 4
+    assert costly.group_counts(2) == ()
+    assert Costly.opened == 4
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_minibatches_are_copied_and_pickled(again) -> None:
+    minibatch = next(iter(loader()))[0]
+    copied = again(minibatch)
+    assert isinstance(copied, Minibatch)
+    assert all(torch.equal(*pair) for pair in zip(minibatch, copied, strict=True))
+    assert torch.equal(minibatch.c, copied.c)
 
 
 def test_minibatches_move_with_their_arrays() -> None:

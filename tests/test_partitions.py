@@ -5,7 +5,7 @@ from domainbed import partitions
 from domainbed.partitions import Examples, Part, rows_per_part
 
 EXAMPLES = Examples(
-    y=np.array([0, 0, 1, 1, 0, 1, 1]),
+    labels=lambda: np.array([0, 0, 1, 1, 0, 1, 1]),
     c=np.array([0, 1, 0, 0, 0, 2, 0]),
     e=np.array([0, 0, 0, 0, 2, 2, 2]),
     num_confounders=3,
@@ -30,7 +30,7 @@ def test_every_example_is_in_exactly_one_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["group", "confounder"])
 def test_a_dataset_without_confounder_is_refused(name: str) -> None:
-    blind = Examples(EXAMPLES.y, np.zeros(7, int), EXAMPLES.e, num_confounders=1)
+    blind = Examples(EXAMPLES.labels, np.zeros(7, int), EXAMPLES.e, num_confounders=1)
     with pytest.raises(ValueError, match=f"partition {name} needs a dataset that knows its confounder"):
         parts(name, blind)
 

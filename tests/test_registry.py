@@ -43,6 +43,30 @@ def test_attributes_are_inherited_and_defaulted_without_an_import() -> None:
     assert registry.attribute("algorithms", "ERM", "NO_SUCH", "default") == "default"
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A package's folder of files that are only read."""
+    (tmp_path / "things").mkdir()
+    monkeypatch.setattr(registry, "_ROOT", tmp_path)
+    registry._declared.cache_clear()
+    yield tmp_path / "things"
+    registry._declared.cache_clear()
+
+
+def test_a_base_may_stand_in_a_later_file(folder) -> None:
+    (folder / "base.py").write_text("class Base:\n    A = 1\n    B = 1\n")
+    (folder / "one.py").write_text("@register\nclass One(Two):\n    B = 3\n")
+    (folder / "two.py").write_text("class Two(Base):\n    A = 2\n    B = 2\n")
+    assert registry.attribute("things", "One", "A") == 2
+    assert registry.attribute("things", "One", "B") == 3
+
+
+def test_a_base_from_elsewhere_is_really_imported(folder) -> None:
+    (folder / "one.py").write_text("import elsewhere\n@register\nclass One(elsewhere.Two):\n    B = 3\n")
+    with pytest.raises(ModuleNotFoundError, match=r"domainbed\.things"):
+        registry.attribute("things", "One", "A")
+
+
 def test_an_unknown_name_is_explained_after_a_real_import() -> None:
     with pytest.raises(NotImplementedError, match="did you mean DigitsM2M"):
         registry.attribute("datasets", "DigitsM2N", "TEST_ENVS")

@@ -91,6 +91,11 @@ class TestRowNames:
         cell = [{"label": "a", "steps": 3}, {"label": "a", "steps": 4}, {"label": "b"}]
         assert self.names(cell) == [["a (ERM steps=3)", "a (ERM steps=4)", "b"]]
 
+    def test_a_label_that_is_another_rows_name_is_told_apart(self):
+        plain, labelled = Row.of(args()), Row.of(args(partition="random", label="ERM"))
+        names = row_names([{plain, labelled}])
+        assert names == {plain: "ERM", labelled: "ERM (ERM:random)"}
+
     def test_beside_a_column_of_partitions(self):
         cell = [{"partition": "random"}, {"partition": "group"}, {}, {"partition": "group", "steps": 3}]
         assert self.names(cell, partition=False) == [["ERM", "ERM", "ERM", "ERM steps=3"]]

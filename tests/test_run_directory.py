@@ -31,20 +31,20 @@ OWN = [[], [line()], [line(), line(), '{"torn": '], ['{"torn'], [line(output_dir
 @pytest.mark.parametrize("content", OWN)
 def test_own_directories(tmp_path: Path, content: list[str]) -> None:
     write(tmp_path, *content)
-    run_directory.check_same_run(tmp_path, ARGS)
+    run_directory.check_same_run(tmp_path, ARGS, {})
 
 
 def test_a_foreign_run_is_named(tmp_path: Path) -> None:
     write(tmp_path, line(seed=1, precision="bf16"))
     differing = r"another run \(precision: 'bf16' there, None now; seed: 1 there, 0 now\).*--overwrite"
     with pytest.raises(ValueError, match=differing):
-        run_directory.check_same_run(tmp_path, ARGS)
+        run_directory.check_same_run(tmp_path, ARGS, {})
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "one\n", "two\n")
     with pytest.raises(ValueError, match="holds no run of ours"):
-        run_directory.check_same_run(tmp_path, ARGS)
+        run_directory.check_same_run(tmp_path, ARGS, {})
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
@@ -89,3 +89,10 @@ def test_clear_removes_results_only(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     run_directory.clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "out.txt"]
+
+
+def test_what_domainbeds_records_lack_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / records.RESULTS_FILE).write_text(json.dumps({"args": {"algorithm": "ERM", "seed": 0}}) + "\n")
+    run_directory.check_same_run(tmp_path, ARGS, {"partition": "random"})
+    with pytest.raises(ValueError, match="partition: 'group' there, 'random' now"):
+        run_directory.check_same_run(tmp_path, ARGS, {"partition": "group"})

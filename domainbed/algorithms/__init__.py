@@ -4,7 +4,6 @@ People paste class bodies written for DomainBed's single file, so the names that
 """
 
 import copy
-import importlib
 from collections import OrderedDict
 from typing import Any
 
@@ -25,28 +24,6 @@ from domainbed.lib.misc import (
     split_meta_train_test,
 )
 
-__all__ = [
-    "ALGORITHMS",
-    "Algorithm",
-    "F",
-    "MovingAverage",
-    "OrderedDict",
-    "ParamDict",
-    "autograd",
-    "copy",
-    "find",
-    "get_algorithm_class",
-    "l2_between_dicts",
-    "networks",
-    "nn",
-    "np",
-    "proj",
-    "random_pairs_of_minibatches",
-    "register",
-    "split_meta_train_test",
-    "torch",
-]
-
 ALGORITHMS = REGISTRY.names  # live
 
 
@@ -54,25 +31,26 @@ def get_algorithm_class(algorithm_name: str) -> type[Algorithm]:
     """The algorithm class of that name: set on this module (also from outside), or registered.
 
     Raises:
-        NotImplementedError: no such algorithm; a name of this module that can't update and predict is none.
+        NotImplementedError: no such algorithm; a mere base of registered algorithms is none.
     """
     found = globals().get(algorithm_name)
-    if isinstance(found, type) and hasattr(found, "update") and hasattr(found, "predict"):
-        return found
-    algorithm: type[Algorithm] = REGISTRY[algorithm_name]
-    return algorithm
+    if not (isinstance(found, type) and hasattr(found, "update") and hasattr(found, "predict")):
+        found = REGISTRY[algorithm_name]
+    if algorithm_name not in REGISTRY and any(issubclass(cls, found) for _, cls in REGISTRY.items()):
+        raise NotImplementedError(registry.not_found("algorithm", algorithm_name, ALGORITHMS))
+    return found
 
 
 find = get_algorithm_class  # the name under which registry.attribute asks
 
 
 def __getattr__(name: str) -> Any:
-    """Classes of algorithms_ex2l, of plugins, or registered later."""
-    if name in REGISTRY:
-        return REGISTRY[name]
-    raise AttributeError(f"module 'domainbed.algorithms' has no attribute {name!r}; algorithms: {ALGORITHMS}")
+    """Classes of files that are still to be imported, and what is registered later."""
+    found = REGISTRY[name] if name in REGISTRY else registry.import_class("algorithms", name)
+    if found is None:
+        raise AttributeError(f"module 'domainbed.algorithms' has no attribute {name!r}; {', '.join(ALGORITHMS)}")
+    return found
 
 
-globals().update(registry.import_modules("algorithms"))
-importlib.import_module("domainbed.algorithms_ex2l")  # last: it builds on this folder
+globals().update(registry.import_modules("algorithms"))  # algorithms_ex2l too, last
 registry.load_plugins("algorithms")

@@ -100,6 +100,27 @@ class Algorithm(nn.Module):
         raise NotImplementedError
 
 
+def learning_rate(dataset: Any) -> tuple[float, Callable[[Any], float]]:
+    """DomainBed's default and range of a learning rate of Adam; ``dataset.small`` tells small images from others."""
+    if dataset.small:
+        return 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
+    return 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
+
+
+def weight_decay(dataset: Any) -> tuple[float, Callable[[Any], float]]:
+    """DomainBed's default and range of a weight decay."""
+    if dataset.small:
+        return 0.0, lambda r: 0.0
+    return 0.0, lambda r: 10 ** r.uniform(-6, -2)
+
+
+def build(algorithm_class: Any, task: Task, hparams: dict[str, Any]) -> Any:
+    """An instance for the task, also of a class that has nothing of ``Algorithm`` but its four-argument constructor."""
+    if hasattr(algorithm_class, "from_task"):
+        return algorithm_class.from_task(task, hparams)
+    return algorithm_class(task.input_shape, task.num_classes, task.num_domains, hparams)
+
+
 def concatenate(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
     """All images and all labels of a step, in the minibatches' order."""
     return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])

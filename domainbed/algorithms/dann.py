@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, register
-
-LR_SMALL = (1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5))
-LR_LARGE = (5e-5, lambda r: 10 ** r.uniform(-5, -3.5))
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, learning_rate, register, weight_decay
 
 
 class AbstractDANN(Algorithm):
@@ -44,9 +41,9 @@ class AbstractDANN(Algorithm):
         "mlp_width": (256, lambda r: int(2 ** r.uniform(6, 10))),
         "mlp_depth": (3, lambda r: int(r.choice([3, 4, 5]))),
         "mlp_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
-        "lr_g": lambda dataset: LR_SMALL if dataset.small else LR_LARGE,
-        "lr_d": lambda dataset: LR_SMALL if dataset.small else LR_LARGE,
-        "weight_decay_g": lambda dataset: (0.0, lambda r: 0.0 if dataset.small else 10 ** r.uniform(-6, -2)),
+        "lr_g": learning_rate,
+        "lr_d": learning_rate,
+        "weight_decay_g": weight_decay,
     }
     MIN_PARTS = 2
 

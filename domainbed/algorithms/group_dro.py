@@ -38,7 +38,7 @@ class GroupDRO(ERM):
         risk = torch.stack([F.cross_entropy(self.predict(x), y) for x, y in minibatches])  # (E,)
         q = self.q * (self.hparams["groupdro_eta"] * risk.detach()).exp()
         self.q = q / q.sum()
-        loss = risk @ self.q
+        loss = (risk * self.q).sum()
         self.step(loss)
         return {"loss": loss.item()}
 

@@ -29,7 +29,6 @@ class Mixup(ERM):
     """
 
     HPARAMS = {"mixup_alpha": (0.2, lambda r: 10 ** r.uniform(-1, 1))}
-    MIN_PARTS = 2
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         risks = []

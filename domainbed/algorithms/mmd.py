@@ -48,7 +48,14 @@ class AbstractMMD(ERM):
         return torch.stack([torch.exp(-g * distances) for g in gamma]).sum(0)
 
     def mmd(self, x: Tensor, y: Tensor) -> Tensor:
-        """Scalar distance of the features x (B1, D) and y (B2, D)."""
+        """Scalar distance of the features x (B1, D) and y (B2, D), in float32 also under autocast.
+
+        It is a small difference of large products, which bfloat16 would round away.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._distance(x, y) if x.dtype == torch.float64 else self._distance(x.float(), y.float())
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         if self.gaussian:
             within = self.gaussian_kernel(x, x).mean() + self.gaussian_kernel(y, y).mean()
             return within - 2 * self.gaussian_kernel(x, y).mean()

@@ -29,7 +29,6 @@ class VREx(AnnealedERM):
         "vrex_lambda": (10.0, lambda r: 10 ** r.uniform(-1, 5)),
         "vrex_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
     }
-    MIN_PARTS = 2
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)

@@ -19,7 +19,7 @@ def get_dataset_class(dataset_name: str) -> type[MultipleDomainDataset]:
         NotImplementedError: no such dataset.
     """
     found = globals().get(dataset_name)
-    if isinstance(found, type) and hasattr(found, "ENVIRONMENTS"):
+    if isinstance(found, type) and getattr(found, "ENVIRONMENTS", None):
         return found
     dataset: type[MultipleDomainDataset] = REGISTRY[dataset_name]
     return dataset
@@ -34,8 +34,11 @@ def num_environments(dataset_name: str) -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Tells type checkers that classes found at import time may be asked for by name."""
-    raise AttributeError(f"module 'domainbed.datasets' has no attribute {name!r}; datasets: {', '.join(DATASETS)}")
+    """Classes of files that are still to be imported, and what is registered later."""
+    found = REGISTRY[name] if name in REGISTRY else registry.import_class("datasets", name)
+    if found is None:
+        raise AttributeError(f"module 'domainbed.datasets' has no attribute {name!r}; datasets: {', '.join(DATASETS)}")
+    return found
 
 
 globals().update(registry.import_modules("datasets"))

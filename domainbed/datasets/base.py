@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import ConcatDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from domainbed.lib import misc
+from domainbed.lib.misc import known_array
 from domainbed.registry import Registry
 
 # DomainBed's datasets in its order, with the names of their environments: the tables of its sweeps can be printed
@@ -57,7 +58,7 @@ class MultipleDomainDataset:
         CONFOUNDERS: names of the values that the environments' ``c`` arrays count; empty: no confounder is known.
         HPARAMS_SIZE: "small" or "large": which of DomainBed's default tables holds.
         HPARAMS: further hparams that the dataset fixes, name -> value.
-        NEEDS_DATA_DIR: False for a dataset that needs no files.
+        NEEDS_DATA_DIR: True for a dataset that reads files.
         N_STEPS, CHECKPOINT_FREQ: training steps, and steps between two records.
         N_WORKERS: the most loader processes; data in memory takes none.
     """
@@ -72,7 +73,7 @@ class MultipleDomainDataset:
     CONFOUNDERS: ClassVar[Sequence[str]] = ()
     HPARAMS_SIZE: ClassVar[str] = "large"
     HPARAMS: ClassVar[Mapping[str, Any]] = {}
-    NEEDS_DATA_DIR: ClassVar[bool] = True
+    NEEDS_DATA_DIR: ClassVar[bool] = False
 
     datasets: Sequence[Any]
     input_shape: tuple[int, ...]
@@ -80,8 +81,9 @@ class MultipleDomainDataset:
 
     @property
     def num_confounders(self) -> int:
-        """V; 1 where no confounder is known."""
-        return max(1, len(self.CONFOUNDERS))
+        """V; 1 where an environment does not know its confounder."""
+        known = all(known_array(environment, "c") is not None for environment in self.datasets)
+        return len(self.CONFOUNDERS) if known and self.CONFOUNDERS else 1
 
     def __getitem__(self, index: int) -> Any:
         return self.datasets[index]
@@ -115,23 +117,10 @@ class InMemoryEnvironment(TensorDataset):
         return (x.float() / 255 if x.dtype == torch.uint8 else x), y
 
 
-def labels(environment: Any) -> Integers:
-    """The labels (N,) of any map-style dataset, from its arrays where it has some, else image by image."""
-    if isinstance(environment, TensorDataset):
-        return environment.tensors[1].long().numpy()
-    if isinstance(environment, ConcatDataset):
-        return np.concatenate([labels(part) for part in environment.datasets])
-    for name in ("y", "targets"):
-        if hasattr(environment, name):
-            return np.asarray(getattr(environment, name), dtype=np.int64)
-    return np.array([int(environment[i][1]) for i in range(len(environment))], dtype=np.int64)
-
-
 def confounders(environment: Any) -> Integers:
     """The confounder values (N,); zeros where the environment knows none."""
-    if hasattr(environment, "c"):
-        return np.asarray(environment.c, dtype=np.int64)
-    return np.zeros(len(environment), dtype=np.int64)
+    known = known_array(environment, "c")
+    return np.zeros(len(environment), dtype=np.int64) if known is None else known
 
 
 @dataclass(frozen=True)
@@ -198,11 +187,14 @@ def _divide(keys: Integers, n: int, seed: int, units: Integers | None) -> tuple[
 
 
 def check_test_envs(dataset: MultipleDomainDataset, test_envs: Sequence[int]) -> None:
-    """Raises ValueError for test environments that the dataset lacks or that leave nothing to train on."""
+    """Raises ValueError for test environments that the dataset lacks, or that leave the wrong ones to train on."""
     name, allowed = type(dataset).__name__, [e for e in range(len(dataset)) if e not in dataset.VALIDATION_ENVS]
     for e in test_envs:
         if e not in allowed:
             raise ValueError(f"--test_envs {e}: {name} has the test environments {allowed} ({dataset.ENVIRONMENTS})")
+    official = set(dataset.TEST_ENVS or ()) if dataset.VALIDATION_ENVS else set()
+    if not official <= set(test_envs):
+        raise ValueError(f"--test_envs must contain {sorted(official)}, the official test set of {name}")
     if set(test_envs) >= set(allowed):
         raise ValueError(f"--test_envs {list(test_envs)} leaves no environment of {name} to train on; name fewer")
 

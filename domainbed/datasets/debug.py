@@ -16,7 +16,6 @@ class Debug(MultipleDomainDataset):
 
     ENVIRONMENTS = ("0", "1", "2")
     CONFOUNDERS = ("even", "odd")
-    NEEDS_DATA_DIR = False
     INPUT_SHAPE: ClassVar[tuple[int, ...]]
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):

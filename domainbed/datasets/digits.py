@@ -75,7 +75,6 @@ def to_bytes(images: Floats) -> Tensor:
 class Digits(MultipleDomainDataset):
     """What the embedded sets share: no files, DomainBed's small-image defaults, our small backbone."""
 
-    NEEDS_DATA_DIR = False
     HPARAMS_SIZE = "small"
     HPARAMS = {"backbone": "small_cnn", "data_seed": 0}
 

@@ -56,7 +56,7 @@ class MultipleEnvironmentMNIST(MultipleDomainDataset):
         num_classes: K after the transform.
     """
 
-    HPARAMS_SIZE = "small"
+    NEEDS_DATA_DIR = True
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class ColoredMNIST(MultipleEnvironmentMNIST):
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
     CONFOUNDERS = ("channel 0", "channel 1")
+    HPARAMS_SIZE = "small"
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):
         super().__init__(root, [0.1, 0.2, 0.9], self.color_dataset, (2, 28, 28), 2)
@@ -121,6 +122,7 @@ class RotatedMNIST(MultipleEnvironmentMNIST):
     """
 
     ENVIRONMENTS = ("0", "15", "30", "45", "60", "75")
+    HPARAMS_SIZE = "small"
     CONFOUNDERS = ("0 degrees", "15 degrees", "30 degrees", "45 degrees", "60 degrees", "75 degrees")
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):

@@ -1,18 +1,19 @@
 """Loaders that start their workers once: endless minibatches for training, repeated single passes for evaluation."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 
+from domainbed import machine
+
 
 def _num_workers(dataset: Any, wanted: int) -> int:
     """Workers worth starting: none for tensors in memory (sending costs more than indexing), at most one per core."""
     while hasattr(dataset, "underlying_dataset"):  # splits
         dataset = dataset.underlying_dataset
-    return 0 if isinstance(dataset, TensorDataset) else min(wanted, len(os.sched_getaffinity(0)))
+    return 0 if isinstance(dataset, TensorDataset) else min(wanted, machine.cores())
 
 
 class _InfiniteSampler(Sampler):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from domainbed.console import Tee, print_row, print_separator
 from domainbed.seeding import seed_hash
@@ -21,7 +21,9 @@ __all__ = [
     "Tee",
     "accuracy",
     "distance",
+    "known_array",
     "l2_between_dicts",
+    "labels",
     "make_weights_for_balanced_classes",
     "pdb",
     "print_row",
@@ -107,18 +109,36 @@ def split_dataset(
     return _SplitDataset(dataset, first), _SplitDataset(dataset, rest)
 
 
-def _labels(dataset: Any) -> np.ndarray:
-    """Labels (N,), read from arrays where the dataset holds them; otherwise each example is opened."""
-    if isinstance(dataset, _SplitDataset):
-        return _labels(dataset.underlying_dataset)[np.asarray(dataset.keys, dtype=int)]
-    known = getattr(dataset, "y", None)
-    if known is None and isinstance(dataset, TensorDataset):
+def _inner(part: Any) -> tuple[Any, Sequence[int]]:
+    """The dataset that a part is taken from, and the part's positions in it."""
+    return (part.dataset, part.indices) if isinstance(part, Subset) else (part.underlying_dataset, part.keys)
+
+
+def known_array(dataset: Any, name: str) -> np.ndarray | None:
+    """An array (N,) int64 that a map-style dataset, or what it is made of, holds as ``y`` (labels) or another name.
+
+    Returns:
+        None where it holds none; labels also stand in ``targets`` and in a TensorDataset's second tensor.
+    """
+    if isinstance(dataset, ConcatDataset):
+        parts = [known_array(part, name) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else np.concatenate([p for p in parts if p is not None])
+    if isinstance(dataset, Subset | _SplitDataset):
+        inner, keys = _inner(dataset)
+        whole = known_array(inner, name)
+        return None if whole is None else whole[np.asarray(keys, dtype=int)]
+    known = getattr(dataset, name, None)
+    if known is None and name == "y" and isinstance(dataset, TensorDataset):
         known = dataset.tensors[1]
-    if known is None and getattr(dataset, "target_transform", None) is None:
+    if known is None and name == "y" and getattr(dataset, "target_transform", None) is None:
         known = getattr(dataset, "targets", None)
-    if known is None:
-        known = [int(dataset[i][1]) for i in range(len(dataset))]
-    return np.asarray(known)
+    return None if known is None else np.asarray(known, dtype=np.int64)
+
+
+def labels(dataset: Any) -> np.ndarray:
+    """The labels (N,) of any map-style dataset, from its arrays where it has some, else image by image."""
+    known = known_array(dataset, "y")
+    return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64) if known is None else known
 
 
 def make_weights_for_balanced_classes(dataset: Any) -> Tensor:
@@ -127,8 +147,8 @@ def make_weights_for_balanced_classes(dataset: Any) -> Tensor:
     Returns:
         (N,) float: 1 / (examples of the class x number of classes); the sum is 1.
     """
-    _, labels, counts = np.unique(_labels(dataset), return_inverse=True, return_counts=True)
-    return torch.from_numpy(1.0 / (counts[labels] * len(counts))).float()
+    _, classes, counts = np.unique(labels(dataset), return_inverse=True, return_counts=True)
+    return torch.from_numpy(1.0 / (counts[classes] * len(counts))).float()
 
 
 def _paired(a: Batch, b: Batch) -> tuple[Batch, Batch]:

@@ -1,5 +1,6 @@
 """The verbs: each script's ``main(argv)`` parses, calls what lies above, and prints."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ def bad_input() -> Iterator[None]:
 
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
     """Ends the process with ``main(sys.argv[1:])`` as its status; bad input is one line on stderr and status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")  # what the library logs
     try:
         sys.exit(main(sys.argv[1:]))
     except BadInput as error:

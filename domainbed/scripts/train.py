@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import datasets, hparams_registry, partitions, records, run_directory, training
+from domainbed import datasets, hparams_registry, overrides, partitions, records, run_directory, training
 from domainbed.algorithms import get_algorithm_class
-from domainbed.algorithms.base import Algorithm, Task
+from domainbed.algorithms.base import Task
+from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
 from domainbed.datasets.base import (
     Split,
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of everything else")
     p.add_argument("--steps", type=int, help="number of updates; default: the dataset's")
     p.add_argument("--checkpoint_freq", type=int, help="updates between two records; default: the dataset's")
-    p.add_argument("--test_envs", type=int, nargs="+", default=[0], help="environments not trained on")
+    p.add_argument("--test_envs", type=int, nargs="+", help="not trained on; default: the dataset's own, else 0")
     p.add_argument("--output_dir", default="train_output")
     p.add_argument("--holdout_fraction", type=float, default=0.2)
     p.add_argument("--uda_holdout_fraction", type=float, default=0, help="for domain adaptation")
@@ -89,29 +90,32 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(args: dict[str, Any], overwrite: bool) -> int:
     output_dir = Path(args["output_dir"])
-    with bad_input():
-        hparams = _resolve(args)
-        if overwrite:
-            run_directory.clear(output_dir)
-        run_directory.check_same_run(output_dir, args)
-    if run_directory.is_done(output_dir):
+    try:
+        with bad_input():
+            hparams = _resolve(args)
+            if not overwrite:
+                run_directory.check_same_run(output_dir, args, _defaults(args))
+    except BadInput as error:
+        if run_directory.is_fresh(output_dir):  # nothing is written into another run's directory
+            (output_dir / "err.txt").write_text(f"error: {error}\n", encoding="utf-8")
+        raise
+    if run_directory.is_done(output_dir) and not overwrite:
         print(f"already done: {output_dir} (--overwrite runs it again)")
         return 0
-    run_directory.clear(output_dir)  # an unfinished run of the same arguments starts over, and repeats itself
     with _kept_output(output_dir):
         _print_header(args, hparams)
         with bad_input():
             run = build(args, hparams)
+        run_directory.clear(output_dir)  # an unfinished run of the same arguments starts over, and repeats itself
         execute(run)
     run_directory.mark_done(output_dir)
     return 0
 
 
 def _resolve(args: dict[str, Any]) -> dict[str, Any]:
-    """Checks names and numbers, completes the arguments with the partition, and returns the hparams."""
+    """Checks names and numbers, fills in what the classes decide, and returns the hparams."""
     algorithm_class = get_algorithm_class(args["algorithm"])
-    datasets.get_dataset_class(args["dataset"])
-    args["partition"] = args["partition"] or algorithm_class.PARTITION
+    args |= {key: value for key, value in _class_defaults(args).items() if args[key] is None}
     partitions.REGISTRY[args["partition"]]
     for name in ("steps", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction"):
         if args[name] is not None and args[name] < 0:
@@ -123,20 +127,33 @@ def _resolve(args: dict[str, Any]) -> dict[str, Any]:
         hparams = hparams_registry.default_hparams(*names)
     else:
         hparams = hparams_registry.random_hparams(*names, seed_hash(args["hparams_seed"], args["trial_seed"]))
-    overrides = hparams_registry.parse_overrides(args["hparams"])
-    hparams_registry.check_unknown(algorithm_class, args["dataset"], overrides)
-    return hparams | overrides
+    given = overrides.parse(args["hparams"])
+    hparams_registry.check_given(algorithm_class, args["dataset"], given)
+    return hparams | given
+
+
+def _class_defaults(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments whose default depends on the algorithm or the dataset."""
+    algorithm_class, dataset_class = get_algorithm_class(args["algorithm"]), datasets.get_dataset_class(args["dataset"])
+    test_envs = getattr(dataset_class, "TEST_ENVS", None) or [0]
+    return {"partition": getattr(algorithm_class, "PARTITION", "environment"), "test_envs": list(test_envs)}
+
+
+def _defaults(args: dict[str, Any]) -> dict[str, Any]:
+    """What the arguments would be had only algorithm and dataset been given."""
+    defaults = vars(parser().parse_args([])) | _class_defaults(args)
+    return {key: value for key, value in defaults.items() if key in args}
 
 
 @contextmanager
 def _kept_output(output_dir: Path) -> Iterator[None]:
-    """Copies what is printed to out.txt and err.txt, a traceback too."""
-    out, err = Tee(output_dir / "out.txt"), Tee(output_dir / "err.txt", stream=sys.stderr)
+    """Copies what is printed to out.txt and err.txt, and writes the traceback of an error to the latter."""
+    out, err = Tee(output_dir / "out.txt"), Tee(output_dir / "err.txt", mode="w", stream=sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
-        except Exception as error:
-            err.file.write(f"error: {error}\n" if isinstance(error, BadInput) else traceback.format_exc())
+        except Exception:
+            err.file.write(traceback.format_exc())
             raise
         finally:
             out.file.close()
@@ -159,7 +176,7 @@ class Run:
     args: dict[str, Any]
     hparams: dict[str, Any]
     task: Task
-    algorithm: Algorithm
+    algorithm: Any
     minibatches: TrainingLoader
     unlabeled: TrainingLoader | None
     validation: Sequence[Split]
@@ -176,55 +193,60 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     training.keep_freed_memory()
     seed_everything(args["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset_class, test_envs = datasets.get_dataset_class(args["dataset"]), args["test_envs"]
-    if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
-        raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
-    dataset = dataset_class(args["data_dir"], test_envs, hparams)  # type: ignore[call-arg]
+    dataset = build_dataset(args, hparams)
+    test_envs = args["test_envs"]
     fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
     splits = split_environments(dataset, test_envs, *fractions, trial_seed=args["trial_seed"])
     validation = validation_splits(dataset, splits, test_envs)
     if args["keep_best"] and not (dataset.num_confounders > 1 and validation):
         raise ValueError(f"--keep_best needs groups and validation images; {args['dataset']} as split here lacks them")
 
-    def loader(some: Sequence[Split], partition: str) -> TrainingLoader:
-        return TrainingLoader(
-            some, partitions.REGISTRY[partition], hparams["batch_size"], dataset.num_confounders,
-            args["seed"], hparams["class_balanced"], dataset.N_WORKERS,
-        )  # fmt: skip
-
-    minibatches = loader(training_splits(dataset, splits, test_envs), args["partition"])
-    uda = [split for split in splits if split.kind == "uda"]
-    if args["task"] == "domain_adaptation" and not uda:
-        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction, such as 0.5")
-    task = Task(
-        input_shape=tuple(dataset.input_shape),
-        num_classes=dataset.num_classes,
-        num_domains=len(minibatches.parts),
-        num_confounders=dataset.num_confounders,
-        group_counts=minibatches.group_counts(dataset.num_classes),
-    )
-    algorithm = get_algorithm_class(args["algorithm"]).from_task(task, hparams).to(device)
+    trained = training_splits(dataset, splits, test_envs)
+    minibatches = build_loader(trained, args["partition"], dataset, args, hparams)
+    unlabeled = None
+    if args["task"] == "domain_adaptation":
+        uda = [split for split in splits if split.kind == "uda"]
+        if not uda:
+            raise ValueError(
+                "--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction, such as 0.5"
+            )
+        unlabeled = build_loader(uda, "environment", dataset, args, hparams)
+    counts = minibatches.group_counts(dataset.num_classes)
+    shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
+    task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts)
+    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device)
+    measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     plan = training.Plan(
         steps=args["steps"] or dataset.N_STEPS,
         checkpoint_freq=args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ,
         steps_per_epoch=min(len(split) for split in splits if split.kind == "in") / hparams["batch_size"],
-        splits=splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs),
+        splits=measured,
         num_classes=dataset.num_classes,
         num_confounders=dataset.num_confounders,
         precision=args["precision"],
         num_workers=dataset.N_WORKERS,
     )
-    adapts = args["task"] == "domain_adaptation"
-    return Run(
-        args,
-        hparams,
-        task,
-        algorithm,
-        minibatches,
-        loader(uda, "environment") if adapts else None,
-        validation,
-        plan,
-        device,
+    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device)
+
+
+def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
+    dataset_class: Any = datasets.get_dataset_class(args["dataset"])
+    if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
+        raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
+    return dataset_class(args["data_dir"], args["test_envs"], hparams)
+
+
+def build_loader(
+    splits: Sequence[Split], partition: str, dataset: Any, args: dict[str, Any], hparams: dict[str, Any]
+) -> TrainingLoader:
+    return TrainingLoader(
+        splits,
+        partitions.REGISTRY[partition],
+        hparams["batch_size"],
+        dataset.num_confounders,
+        args["seed"],
+        hparams["class_balanced"],
+        dataset.N_WORKERS,
     )
 
 

@@ -42,7 +42,7 @@ def test_a_plugin_file_is_a_whole_algorithm(tmp_path, monkeypatch, build, miniba
     path = tmp_path / "worst_risk_example.py"
     path.write_text(PLUGIN)
     monkeypatch.setenv(registry.PLUGINS_VARIABLE, str(path))
-    registry.load_plugins()
+    registry.load_plugins("algorithms")
 
     assert REGISTRY.names[-1] == "WorstRisk"
     assert algorithms.get_algorithm_class("WorstRisk") is algorithms.WorstRisk

@@ -84,3 +84,12 @@ def test_kernel_takes_other_widths(build):
 
 def test_one_minibatch_has_no_penalty(build, minibatches):
     assert build("CORAL").update(minibatches[:1])["penalty"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["MMD", "CORAL"])
+def test_the_distance_is_not_rounded_under_autocast(build, name):
+    algorithm = build(name).float()
+    x, y = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+    expected = algorithm.mmd(x, y + 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert algorithm.mmd(x, y + 0.01).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -3,18 +3,18 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from domainbed.datasets.base import (
     InMemoryEnvironment,
     MultipleDomainDataset,
     confounders,
-    labels,
     selection_splits,
     split_environments,
     training_splits,
     validation_splits,
 )
+from domainbed.lib.misc import labels
 
 
 class Four(MultipleDomainDataset):
@@ -31,6 +31,7 @@ class Four(MultipleDomainDataset):
 
 class Official(Four):
     VALIDATION_ENVS = (2,)
+    TEST_ENVS = (3,)
 
 
 def domainbed_split(length: int, n: int, trial_seed: int, e: int) -> tuple[list[int], list[int]]:
@@ -100,6 +101,7 @@ def test_roles_of_splits() -> None:
         (Four(), [-1], r"--test_envs -1"),
         (Four(), [0, 1, 2, 3], "leaves no environment of Four to train on"),
         (Official(), [2], r"--test_envs 2: Official has the test environments \[0, 1, 3\]"),
+        (Official(), [0], r"--test_envs must contain \[3\], the official test set of Official"),
     ],
 )
 def test_impossible_test_environments(dataset: Four, test_envs: list[int], message: str) -> None:
@@ -136,10 +138,22 @@ def test_labels_of_any_dataset() -> None:
     assert confounders(OneByOne()).tolist() == [0, 0, 0]
 
 
+def test_arrays_of_composed_datasets() -> None:
+    part = Four().datasets[0]
+    assert confounders(ConcatDataset([part, part])).tolist() == [*part.c, *part.c]
+    assert confounders(Subset(part, [3, 1])).tolist() == [0, 1]
+    assert labels(Subset(part, [3, 2])).tolist() == [1, 0]
+
+
+def test_a_confounder_that_an_environment_lacks_is_not_known() -> None:
+    dataset = Four()
+    dataset.datasets[2] = TensorDataset(torch.zeros(30, 1, 2, 2), torch.zeros(30).long())
+    assert dataset.num_confounders == 1
+
+
 def test_domainbeds_protocol_of_a_dataset() -> None:
     dataset = Four()
     assert len(dataset) == 4
     assert dataset[2] is dataset.datasets[2]
     assert list(dataset) == dataset.datasets
     assert dataset.num_confounders == 3
-    assert MultipleDomainDataset().num_confounders == 1

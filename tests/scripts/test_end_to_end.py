@@ -104,6 +104,8 @@ def test_the_readmes_new_algorithm_is_one_short_file(tmp_path: Path) -> None:
     name = re.search(r"class (\w+)\(", block)[1]  # type: ignore[index]
     shutil.copytree(ROOT / "domainbed", tmp_path / "domainbed", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "domainbed" / "algorithms" / "new.py").write_text(block)
+    first = "from domainbed.algorithms import ERM, AbstractMMD, EX2L\n"  # a file that is imported before theirs
+    (tmp_path / "domainbed" / "algorithms" / "aaa.py").write_text(first)
 
     out = run(
         "sweep", "launch", *QUICK, "--algorithms", name, "ERM", "--n_hparams", "2", "--output_dir", "out", cwd=tmp_path

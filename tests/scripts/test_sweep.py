@@ -325,7 +325,7 @@ def test_launcher_without_its_machine(run, monkeypatch):
         (["--datasets", "Four"], "--data_dir is required: Four"),
         (["--command_launcher", "recoder"], "launcher not found: recoder; did you mean recorder"),
         (["--workers", "2"], "launcher recorder has no option --workers"),
-        (["--hparams", "{lr: 1}"], "hparams are not JSON"),
+        (["--hparams", "{lr: 1}"], "hparams are a JSON object"),
         (["--test_envs_list", "0,1,2"], r"test environments \[0, 1, 2\] are not possible"),
         (["--algorithms", "ERM", "ERM:environment"], "two jobs are the same run"),
     ],

@@ -87,6 +87,61 @@ def test_running_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(tmp_path, "--seed", "1", "--overwrite")[0]["args"]["seed"] == 1
 
 
+def test_overwriting_in_vain_keeps_the_old_run(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(BadInput, match="--test_envs 7"):
+        run(tmp_path, "--test_envs", "7", "--overwrite")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert (tmp_path / "done").exists()
+
+
+def test_a_finished_run_without_the_model_that_is_asked_for_is_another_run(tmp_path: Path) -> None:
+    run(tmp_path, "--skip_model_save")
+    with pytest.raises(BadInput, match="skip_model_save: True there, False now"):
+        run(tmp_path)
+
+
+def test_the_reason_of_bad_input_is_kept_where_a_sweep_looks_for_it(tmp_path: Path) -> None:
+    with pytest.raises(BadInput):
+        run(tmp_path, "--hparams", '{"lrr": 1}')
+    assert "hparam of ERM not found: lrr" in (tmp_path / "err.txt").read_text()
+
+
+def test_the_default_test_environments_are_the_datasets_own(tmp_path: Path) -> None:
+    flags = ["--dataset", "DigitsSubpop", "--steps", "1", "--hparams", '{"batch_size": 4}']
+    assert run(tmp_path / "a", *flags)[0]["args"]["test_envs"] == [3]
+    assert run(tmp_path / "b")[0]["args"]["test_envs"] == [0]
+
+
+def test_an_unfinished_run_of_domainbed_is_started_over(tmp_path: Path) -> None:
+    (record, *_) = run(tmp_path)
+    ours = ("partition", "label", "precision", "eval_splits", "keep_best")
+    record["args"] = {key: value for key, value in record["args"].items() if key not in ours}
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "done").unlink()
+    assert len(run(tmp_path)) == 2
+
+
+class Foreign(torch.nn.Module):
+    """Has DomainBed's four arguments, update and predict, and nothing of ours."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__()
+        self.layer = torch.nn.LazyLinear(num_classes)
+
+    def update(self, minibatches, unlabeled=None):
+        return {"loss": self.predict(minibatches[0][0]).sum().item()}
+
+    def predict(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_a_class_with_a_base_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algorithms, "Foreign", Foreign, raising=False)
+    assert run(tmp_path, "--algorithm", "Foreign")[0]["args"]["partition"] == "environment"
+
+
 def test_an_unfinished_run_starts_over_without_doubling_records(tmp_path: Path) -> None:
     whole = run(tmp_path)
     (tmp_path / "done").unlink()
@@ -129,6 +184,16 @@ with run_directory.lock(sys.argv[1]):
         (["--holdout_fraction", "1.5"], "fractions below 1"),
         (["--keep_best", "aa_wga", "--holdout_fraction", "0"], "--keep_best needs groups and validation"),
         (["--partition", "group", "--hparams", '{"batch_size": 0}'], "batch_size"),
+        (["--hparams", '{"batch_size": "64"}'], "hparam batch_size is '64'; give a value like its default, 64"),
+        (["--hparams", '{"lr": true}'], "hparam lr is True"),
+        (
+            ["--algorithm", "EX2L_MAE", "--hparams", '{"map_gradient": "detached"}'],
+            "map_gradient 'detached' is unknown",
+        ),
+        (["--algorithm", "AbstractMMD"], "algorithm not found: AbstractMMD"),
+        (["--algorithm", "Algorithm"], "algorithm not found: Algorithm"),
+        (["--dataset", "MultipleDomainDataset"], "dataset not found: MultipleDomainDataset"),
+        (["--dataset", "DigitsSubpop", "--test_envs", "0"], r"must contain \[3\], the official test set"),
     ],
 )
 def test_bad_input_is_explained_and_leaves_nothing_that_looks_complete(
