@@ -207,26 +207,29 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     if args["task"] == "domain_adaptation":
         uda = [split for split in splits if split.kind == "uda"]
         if not uda:
-            raise ValueError(
-                "--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction, such as 0.5"
-            )
+            raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
         unlabeled = build_loader(uda, "environment", dataset, args, hparams)
     counts = minibatches.group_counts(dataset.num_classes)
     shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
     task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts)
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device)
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
-    plan = training.Plan(
+    smallest = min(len(split) for split in splits if split.kind == "in")
+    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], args)
+    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device)
+
+
+def build_plan(dataset: Any, measured: Sequence[Split], steps_per_epoch: float, args: dict[str, Any]) -> training.Plan:
+    return training.Plan(
         steps=args["steps"] or dataset.N_STEPS,
         checkpoint_freq=args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ,
-        steps_per_epoch=min(len(split) for split in splits if split.kind == "in") / hparams["batch_size"],
+        steps_per_epoch=steps_per_epoch,
         splits=measured,
         num_classes=dataset.num_classes,
         num_confounders=dataset.num_confounders,
         precision=args["precision"],
         num_workers=dataset.N_WORKERS,
     )
-    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device)
 
 
 def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
