@@ -77,7 +77,8 @@ def steps(repeats: int) -> str:
             ratios = [b / a for a, b in zip(*times.values(), strict=True)]
             erm, ex2l = (statistics.median(t) for t in times.values())
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            rows.append([case, "yes" if loading else "no", 1 / erm, 1 / ex2l, statistics.median(ratios), spread])
+            ratio = f"{statistics.median(ratios):.2f}"
+            rows.append([case, "yes" if loading else "no", 1 / erm, 1 / ex2l, ratio, spread])
     return table(["case", "with loading", "ERM steps/s", "eX2L steps/s", "time ratio eX2L / ERM", "min to max"], rows)
 
 
