@@ -134,19 +134,19 @@ def _check_test_envs(dataset: str, envs: Sequence[int], n: int) -> None:
         )
 
 
-def _trainable(args: Mapping[str, Any]) -> bool:
-    """Whether the job's test environments leave as many to train on as its algorithm compares; warns if not.
+def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> bool:
+    """Whether the test environments leave as many to train on as the row's algorithm compares; warns if not.
 
     DomainBed's pairs of test environments leave a single one where there are three.
     """
-    default = registry.attribute("algorithms", args["algorithm"], "PARTITION", "environment")
-    least = registry.attribute("algorithms", args["algorithm"], "MIN_PARTS", 1)
-    n = len(registry.attribute("datasets", args["dataset"], "ENVIRONMENTS"))
-    left = n - len({*args["test_envs"], *registry.attribute("datasets", args["dataset"], "VALIDATION_ENVS", ())})
-    if args.get("partition", default) != "environment" or left >= least:
+    default = registry.attribute("algorithms", row["algorithm"], "PARTITION", "environment")
+    least = registry.attribute("algorithms", row["algorithm"], "MIN_PARTS", 1)
+    n = len(registry.attribute("datasets", dataset, "ENVIRONMENTS"))
+    left = n - len({*envs, *registry.attribute("datasets", dataset, "VALIDATION_ENVS", ())})
+    if row.get("partition", default) != "environment" or left >= least:
         return True
-    where = f"{args['dataset']}, test environments {args['test_envs']}"
-    logger.warning("left out: %s on %s, which leaves %d of %d to train on", args["algorithm"], where, left, least)
+    where = f"{dataset}, test environments {envs}"
+    logger.warning("left out: %s on %s, which leaves %d of %d to train on", row["algorithm"], where, left, least)
     return False
 
 
@@ -198,15 +198,19 @@ def make_args_list(
     optional = {"steps": steps, "data_dir": data_dir, **extras}
     shared = {key: value for key, value in optional.items() if value is not None and value is not False}
     shared |= {"task": task, "holdout_fraction": holdout_fraction}
-    grid = (
+    cells = {
+        (position, dataset): [envs for envs in test_envs[dataset] if _trainable(row, dataset, envs)]
+        for position, row in enumerate(row_args)
+        for dataset in dataset_names
+    }
+    return [
         _job_args(shared | row, dataset, envs, trial_seed, hparams_seed)
         for trial_seed in range(n_trials)
         for dataset in dataset_names
-        for row in row_args
-        for envs in test_envs[dataset]
+        for position, row in enumerate(row_args)
+        for envs in cells[position, dataset]
         for hparams_seed in range(n_hparams_from, n_hparams)
-    )
-    return list(filter(_trainable, grid))
+    ]
 
 
 def _job_args(
