@@ -13,6 +13,12 @@ def _cell(value: object, width: int) -> str:
     return (f"{value:.10f}" if is_float else str(value)).ljust(width)[:width]
 
 
+def format_row(row: Iterable[object], colwidth: int = 10, latex: bool = False) -> str:
+    """The line that ``print_row`` prints, without its newline."""
+    separator, end = (" & ", "\\\\") if latex else ("  ", "")
+    return f"{separator.join(_cell(value, colwidth) for value in row)} {end}"
+
+
 def print_row(row: Iterable[object], colwidth: int = 10, latex: bool = False) -> None:
     r"""Prints one line of a table.
 
@@ -21,8 +27,7 @@ def print_row(row: Iterable[object], colwidth: int = 10, latex: bool = False) ->
         colwidth: width of a cell in characters.
         latex: separate cells by ``&`` and end the line with ``\\``.
     """
-    separator, end = (" & ", "\\\\") if latex else ("  ", "")
-    print(separator.join(_cell(value, colwidth) for value in row), end)
+    print(format_row(row, colwidth, latex))
 
 
 def print_separator() -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from domainbed.datasets.base import Integers, Split, confounders
+from domainbed.lib.misc import predicted_labels
 from domainbed.loaders import evaluation_batches
 
 
@@ -72,8 +73,7 @@ def predictions(
     algorithm.eval()
     with torch.no_grad(), autocast(device, precision):
         for x, y in evaluation_batches(environment, keys, num_workers):
-            logits = algorithm.predict(x.to(device))
-            predicted.append(logits[:, 0].gt(0).long() if logits.shape[1] == 1 else logits.argmax(1))
+            predicted.append(predicted_labels(algorithm.predict(x.to(device))))
             true.append(torch.as_tensor(y))
     algorithm.train()
     return torch.cat(predicted).cpu().numpy(), torch.cat(true).cpu().numpy()

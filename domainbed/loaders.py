@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from domainbed import machine
 from domainbed.datasets.base import InMemoryEnvironment, Integers, Split, confounders
-from domainbed.lib.misc import labels
+from domainbed.lib.misc import balanced_weights, labels
 from domainbed.partitions import Examples, Part, rows_per_part
 
 EVALUATION_BATCH = 64  # larger batches are slower on a CPU: their maps leave the cache
@@ -120,13 +120,7 @@ class TrainingLoader:
         self.keys = np.concatenate([split.keys for split in splits])
         self.parts = partition(self.examples)
         self.rows = rows_per_part(self.parts, batch_size, len(splits))
-        self._odds = [self._class_odds(part) if class_balanced else None for part in self.parts]
-
-    def _class_odds(self, part: Part) -> np.ndarray:
-        """The probability (n,) of each example of a part if its classes are to be equally frequent."""
-        y = self.examples.y[part.positions]
-        odds = 1 / np.bincount(y)[y]
-        return odds / odds.sum()
+        self._odds = [balanced_weights(self.examples.y[p.positions]) if class_balanced else None for p in self.parts]
 
     def group_counts(self, num_classes: int) -> tuple[int, ...]:
         """Number of examples of each of the K * V groups; empty where no confounder is known."""

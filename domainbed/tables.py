@@ -7,6 +7,7 @@ import numpy as np
 
 from domainbed import records as keys
 from domainbed import registry
+from domainbed.console import format_row
 from domainbed.lib.query import Q
 from domainbed.lib.reporting import get_grouped_records
 from domainbed.model_selection import CRITERIA, Choice, SelectionMethod, choose
@@ -35,11 +36,9 @@ def document(body: str, title: str, comment: str) -> str:
     return "\n".join([*head, rf"\section{{{title}}}", f"% {comment}", body + r"\end{document}", ""])
 
 
-def _line(cells: Iterable[object], colwidth: int, latex: bool) -> str:
-    """What ``console.print_row`` prints, but a cell is never cut in LaTeX, where that could lose a brace."""
-    if latex:
-        return " & ".join(str(cell).ljust(colwidth) for cell in cells) + " \\\\"
-    return "  ".join(str(cell).ljust(colwidth)[:colwidth] for cell in cells) + " "
+def _latex_line(cells: Iterable[object], colwidth: int) -> str:
+    """As ``console.format_row``, but no cell is cut, which could lose a brace."""
+    return " & ".join(str(cell).ljust(colwidth) for cell in cells) + " \\\\"
 
 
 def _tabular(header: Sequence[str], body: Sequence[Sequence[str]], colwidth: int) -> list[str]:
@@ -49,9 +48,9 @@ def _tabular(header: Sequence[str], body: Sequence[Sequence[str]], colwidth: int
         r"\adjustbox{max width=\textwidth}{%",
         rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}",
         r"\toprule",
-        _line([rf"\textbf{{{escape(label)}}}" for label in header], colwidth, latex=True),
+        _latex_line([rf"\textbf{{{escape(label)}}}" for label in header], colwidth),
         r"\midrule",
-        *(_line([escape(label), *cells], colwidth, latex=True) for label, *cells in body),
+        *(_latex_line([escape(label), *cells], colwidth) for label, *cells in body),
         r"\bottomrule",
         r"\end{tabular}}",
         r"\end{center}",
@@ -78,7 +77,7 @@ def table_text(
     if latex:
         lines = _tabular(list(col_labels), body, colwidth)
     else:
-        lines = [f"-------- {header_text}", *(_line(row, colwidth, latex=False) for row in [col_labels, *body])]
+        lines = [f"-------- {header_text}", *(format_row(row, colwidth) for row in [col_labels, *body])]
     return "\n".join(["", *lines, ""])
 
 
@@ -162,7 +161,13 @@ def results_tables(records: Iterable[Record], method: type[SelectionMethod], lat
 
     Lines are rows (``rows.row_names``), so that runs with other settings are never averaged together.
     """
-    renamed, algorithms = for_domainbed(records)
+    return _method_tables(*for_domainbed(records), method, latex)
+
+
+def _method_tables(
+    renamed: Sequence[Record], algorithms: Mapping[str, str], method: type[SelectionMethod], latex: bool
+) -> str:
+    """``results_tables`` of records whose rows are named already (``rows.for_domainbed``)."""
     names = _line_names(algorithms)
     datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
     accs = _sweep_accs(Q(renamed), method)
@@ -181,14 +186,12 @@ def results_tables(records: Iterable[Record], method: type[SelectionMethod], lat
 
 def domainbed_tables(records: Iterable[Record], methods: Iterable[type[SelectionMethod]], latex: bool) -> str:
     """All that DomainBed's collector prints: the number of records, then the tables of each method."""
-    records = list(records)
-    count = f"Total records: {len(records)}"
+    renamed, algorithms = for_domainbed(records)
+    count = f"Total records: {len(renamed)}"
+    tables = {method.name: _method_tables(renamed, algorithms, method, latex) for method in methods}
     if not latex:
-        return f"{count}\n" + "".join(results_tables(records, method, latex) for method in methods)
-    body = "".join(
-        f"\n\\subsection{{Model selection: {method.name}}}\n{results_tables(records, method, latex)}"
-        for method in methods
-    )
+        return f"{count}\n" + "".join(tables.values())
+    body = "".join(f"\n\\subsection{{Model selection: {name}}}\n{text}" for name, text in tables.items())
     return document(body, "Full DomainBed results", count)
 
 

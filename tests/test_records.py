@@ -63,7 +63,11 @@ def test_jobs_are_read_in_name_order_and_not_recursively(tmp_path: Path, caplog:
 
 def test_appends_from_several_threads_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    write = lambda n: [records.append(path, {"args": {}, "n": n, "pad": "x" * 5000}) for _ in range(20)]  # noqa: E731
+
+    def write(n: int) -> None:
+        for _ in range(20):
+            records.append(path, {"args": {}, "n": n, "pad": "x" * 5000})
+
     threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()

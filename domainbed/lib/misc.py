@@ -20,12 +20,14 @@ __all__ = [
     "ParamDict",
     "Tee",
     "accuracy",
+    "balanced_weights",
     "distance",
     "known_array",
     "l2_between_dicts",
     "labels",
     "make_weights_for_balanced_classes",
     "pdb",
+    "predicted_labels",
     "print_row",
     "print_separator",
     "proj",
@@ -141,14 +143,19 @@ def labels(dataset: Any) -> np.ndarray:
     return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64) if known is None else known
 
 
+def balanced_weights(y: np.ndarray) -> np.ndarray:
+    """Sampling weights (N,) that make every class that occurs in the labels (N,) equally likely; their sum is 1."""
+    _, classes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    return 1.0 / (counts[classes] * len(counts))
+
+
 def make_weights_for_balanced_classes(dataset: Any) -> Tensor:
     """Sampling weights under which every class that occurs is equally likely.
 
     Returns:
         (N,) float: 1 / (examples of the class x number of classes); the sum is 1.
     """
-    _, classes, counts = np.unique(labels(dataset), return_inverse=True, return_counts=True)
-    return torch.from_numpy(1.0 / (counts[classes] * len(counts))).float()
+    return torch.from_numpy(balanced_weights(labels(dataset))).float()
 
 
 def _paired(a: Batch, b: Batch) -> tuple[Batch, Batch]:
@@ -185,10 +192,9 @@ def split_meta_train_test(minibatches: Sequence[Batch], num_meta_test: int = 1) 
     ]
 
 
-def _hits(logits: Tensor, y: Tensor) -> Tensor:
-    """Which predictions are right, (B,) bool; logits (B, K), where a single column is a score with threshold 0."""
-    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-    return predicted == y.flatten()
+def predicted_labels(logits: Tensor) -> Tensor:
+    """Predictions (B,) int64 of logits (B, K), where a single column is a score with threshold 0."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def accuracy(network: Any, loader: Iterable[Any], weights: Tensor | None, device: str | torch.device) -> float:
@@ -205,7 +211,7 @@ def accuracy(network: Any, loader: Iterable[Any], weights: Tensor | None, device
     network.eval()
     with torch.no_grad():
         for x, y in loader:
-            hits = _hits(network.predict(x.to(device)), y.to(device)).cpu().double()
+            hits = (predicted_labels(network.predict(x.to(device))) == y.to(device).flatten()).cpu().double()
             batch_weights = torch.ones(len(hits)) if weights is None else weights[seen : seen + len(hits)].cpu()
             right += (hits * batch_weights).sum().item()
             total += batch_weights.sum().item()

@@ -14,7 +14,10 @@ from domainbed.datasets.mnist import load_mnist
 
 def raw_arrays(root: Path) -> tuple[np.ndarray, np.ndarray]:
     """The idx files read by hand, training files first."""
-    read = lambda name, header: np.frombuffer((root / "MNIST/raw" / name).read_bytes()[header:], np.uint8)  # noqa: E731
+
+    def read(name: str, header: int) -> np.ndarray:
+        return np.frombuffer((root / "MNIST/raw" / name).read_bytes()[header:], np.uint8)
+
     images = [read(f"{part}-images-idx3-ubyte", 16).reshape(-1, 28, 28) for part in ("train", "t10k")]
     return np.concatenate(images), np.concatenate([read(f"{part}-labels-idx1-ubyte", 8) for part in ("train", "t10k")])
 
@@ -64,7 +67,7 @@ def test_rotated_mnist_against_torchvision(mnist_root: Path) -> None:
 def test_hooks_that_others_override(mnist_root: Path) -> None:
     base = datasets.get_dataset_class("ColoredMNIST")
 
-    class Noiseless(base):  # type: ignore[misc, valid-type]
+    class Noiseless(base):
         def torch_bernoulli_(self, p: float, size: int) -> torch.Tensor:
             return torch.zeros(size)
 

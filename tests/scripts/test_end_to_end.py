@@ -94,14 +94,17 @@ def test_a_domainbed_style_class_trains_through_train_and_sweep(tmp_path: Path) 
     assert "About to launch 0 jobs." in again
 
 
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.S)
+def new_algorithm() -> tuple[str, str]:
+    """The README's file of a new algorithm, and the name of its class."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if "@register" in block]
+    (name,) = re.findall(r"class (\w+)\(", block)
+    return block, name
 
 
 def test_the_readmes_new_algorithm_is_one_short_file(tmp_path: Path) -> None:
-    (block,) = [b for b in python_blocks((ROOT / "README.md").read_text()) if "@register" in b]
+    block, name = new_algorithm()
     assert block.count("\n") < 30
-    name = re.search(r"class (\w+)\(", block)[1]  # type: ignore[index]
     shutil.copytree(ROOT / "domainbed", tmp_path / "domainbed", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "domainbed" / "algorithms" / "new.py").write_text(block)
     first = "from domainbed.algorithms import ERM, AbstractMMD, EX2L\n"  # a file that is imported before theirs
@@ -121,8 +124,7 @@ def test_the_readmes_new_algorithm_is_one_short_file(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_hparam_of_the_new_algorithm_is_refused(tmp_path: Path) -> None:
-    (block,) = [b for b in python_blocks((ROOT / "README.md").read_text()) if "@register" in b]
-    name = re.search(r"class (\w+)\(", block)[1]  # type: ignore[index]
+    block, name = new_algorithm()
     (tmp_path / "new.py").write_text(block)
     command = [sys.executable, "-m", "domainbed.scripts.train", "--dataset", "Debug28", "--algorithm", name,
                "--hparams", '{"lrr": 1}', "--output_dir", str(tmp_path / "out")]  # fmt: skip

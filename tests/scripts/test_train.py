@@ -269,7 +269,7 @@ def test_domain_adaptation_gets_unlabelled_images(tmp_path: Path, monkeypatch: p
     seen = []
     erm = algorithms.get_algorithm_class("ERM")
 
-    class Adapting(erm):  # type: ignore[misc, valid-type]
+    class Adapting(erm):
         def update(self, minibatches, unlabeled=None):
             seen.append(unlabeled)
             return super().update(minibatches)
@@ -308,7 +308,7 @@ def test_precision(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_dataset_set_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Mine(datasets.get_dataset_class("Debug28")):  # type: ignore[misc]
+    class Mine(datasets.get_dataset_class("Debug28")):
         ENVIRONMENTS = ("a", "b", "c")
 
     monkeypatch.setattr(datasets, "Mine", Mine, raising=False)
