@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from domainbed import machine, registry
+from domainbed import machine, messages, registry
 
 Launcher = Callable[..., Any]
 
@@ -233,7 +233,7 @@ def find(name: str, options: Mapping[str, Any]) -> Launcher:
     if name not in REGISTRY:
         registry.load_plugins("command_launchers")
     if name not in REGISTRY:
-        raise NotImplementedError(registry.not_found("launcher", name, REGISTRY))
+        raise NotImplementedError(messages.not_found("launcher", name, REGISTRY))
     given = {key: value for key, value in options.items() if value is not None}
     if not given:
         return REGISTRY[name]

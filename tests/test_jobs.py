@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from domainbed import jobs, registry, run_directory
+from domainbed import jobs, messages, registry, run_directory
 from domainbed.jobs import Job, SweepRow, make_args_list, make_jobs
 
 GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed and the directory, the command's flags
@@ -61,7 +61,7 @@ def declared(monkeypatch):
 
     def attribute(package, name, attribute, default=None):
         if name not in facts[package]:
-            raise NotImplementedError(registry.not_found(package[:-1], name, facts[package]))
+            raise NotImplementedError(messages.not_found(package[:-1], name, facts[package]))
         return facts[package][name].get(attribute, default)
 
     monkeypatch.setattr(registry, "attribute", attribute)

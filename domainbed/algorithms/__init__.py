@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import autograd
 
-from domainbed import networks, registry
+from domainbed import messages, networks, registry
 from domainbed.algorithms.base import REGISTRY, Algorithm, register
 from domainbed.lib.misc import (
     MovingAverage,
@@ -37,7 +37,7 @@ def get_algorithm_class(algorithm_name: str) -> type[Algorithm]:
     if not (isinstance(found, type) and hasattr(found, "update") and hasattr(found, "predict")):
         found = REGISTRY[algorithm_name]
     if algorithm_name not in REGISTRY and any(issubclass(cls, found) for _, cls in REGISTRY.items()):
-        raise NotImplementedError(registry.not_found("algorithm", algorithm_name, ALGORITHMS))
+        raise NotImplementedError(messages.not_found("algorithm", algorithm_name, ALGORITHMS))
     return found
 
 
