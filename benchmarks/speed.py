@@ -25,8 +25,9 @@ import torch
 
 from domainbed import algorithms, hparams_registry, partitions, training
 from domainbed.algorithms.base import Task
-from domainbed.datasets.base import InMemoryEnvironment, Split
+from domainbed.datasets.base import InMemoryEnvironment
 from domainbed.loaders import TrainingLoader
+from domainbed.splits import Split
 
 CASES = {  # name -> input shape, images per step, images held, hparams
     "ColoredMNIST shapes, 128 images a step": ((2, 28, 28), 128, 2000, {}),

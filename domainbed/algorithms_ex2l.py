@@ -25,7 +25,7 @@ def _network(input_shape: Sequence[int], n_outputs: int, hparams: dict[str, Any]
     if not hasattr(featurizer, "map_layer"):
         raise ValueError(
             f"{type(featurizer).__name__} has no feature maps (B, C, h, w), which Grad-CAM needs; "
-            "take a convolutional backbone"
+            "take a convolutional network, a ViT or a Swin (docs/backbones.md)"
         )
     return nn.Sequential(
         featurizer, networks.Classifier(featurizer.n_outputs, n_outputs, hparams["nonlinear_classifier"])
@@ -96,6 +96,7 @@ class EX2L(Algorithm):
     """
 
     PARTITION = "group"
+    NEEDS_CONFOUNDERS = True
     SIMILARITY: ClassVar[str]
     HPARAMS = {
         "lambda_1": (1.0, lambda r: 10 ** r.uniform(-1, 2)),

@@ -5,18 +5,19 @@ drawn before, so a method and its control see the same examples.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from domainbed import machine
-from domainbed.datasets.base import InMemoryEnvironment, Integers, Split, confounders
+from domainbed.datasets.base import InMemoryEnvironment, Integers, leaves, locate
 from domainbed.lib.misc import balanced_weights, labels
 from domainbed.partitions import Examples, Part, rows_per_part
+from domainbed.splits import Split
 
 EVALUATION_BATCH = 64  # larger batches are slower on a CPU: their maps leave the cache
 
@@ -25,7 +26,8 @@ class Minibatch(tuple[Tensor, Tensor]):
     """A pair ``x, y`` that also knows confounders, groups, environments and positions.
 
     Attributes:
-        c, g, e, i: (B,) int64: confounder, group, environment, and the example's position in its environment.
+        c, g, e, i: (B,) int64: confounder, group, environment, and the example's position in its environment;
+            confounder and group are -1 where the annotation budget hides them.
     """
 
     c: Tensor
@@ -51,7 +53,7 @@ def examples_of(splits: Sequence[Split], num_confounders: int) -> Examples:
     """The aligned arrays of the splits' examples, one split after the other."""
     return Examples(
         labels=lambda: np.concatenate([labels(split.environment)[split.keys] for split in splits]),
-        c=np.concatenate([confounders(split.environment)[split.keys] for split in splits]),
+        c=np.concatenate([split.c for split in splits]),
         e=np.concatenate([np.full(len(split), split.env) for split in splits]),
         num_confounders=num_confounders,
     )
@@ -63,30 +65,65 @@ def indexes_tensors(environment: Any) -> bool:
     return own in (TensorDataset.__getitem__, InMemoryEnvironment.__getitem__)
 
 
-class _Items(Dataset[tuple[Any, Any, int]]):
-    """Image, label and position of the splits' examples one after the other, opened when asked for."""
+def reads_late(environment: Any) -> bool:
+    """Whether an environment hands out images in a compact form, to be finished as a batch where the algorithm is."""
+    return all(hasattr(leaf, "read") and hasattr(leaf, "finish") for leaf in leaves(environment))
 
-    def __init__(self, splits: Sequence[Split]):
-        self.environments = [split.environment for split in splits]
-        self.where = [(s, int(key)) for s, split in enumerate(splits) for key in split.keys]
+
+class _Items(Dataset[tuple[Any, Any, int]]):
+    """Image, label and position of the environments' examples one after the other, opened when asked for.
+
+    Args:
+        environments: all of them, or a composition of them.
+        keys: (N,) for each environment, the examples' positions in it.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, environments: Sequence[Any], keys: Sequence[Integers], seed: int = 0):
+        self.environments, self.seed = environments, seed
+        self.where = [(e, int(key)) for e, some in enumerate(keys) for key in some]
+        self.late = all(map(reads_late, environments))
 
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitem__(self, position: int) -> tuple[Any, Any, int]:
-        split, key = self.where[position]
-        x, y = self.environments[split][key][:2]
-        return x, y, position
+    def __getitem__(self, index: tuple[int, int, int] | int) -> tuple[Any, Any, int]:
+        """The example at a position; of ``(position, step, row)``, augmented by the draws of that row of that step."""
+        position, *draw = [index] if isinstance(index, int) else index
+        e, key = self.where[position]
+        if not self.late:
+            x, y = self.environments[e][key][:2]
+            return x, y, position
+        environment, key = locate(self.environments[e], key)
+        return environment.read(key, self._rng(*draw) if draw else None), int(environment.y[key]), position
+
+    def _rng(self, step: int, row: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 1, row, step]))
+
+    def finish(self, x: Any, device: torch.device | str) -> Tensor:
+        """A collated batch of images as the algorithm takes them, on its device."""
+        x = _to(x, device)
+        if not self.late:
+            return x
+        leaf: Any = next(leaves(self.environments[0]))  # the environments of a dataset finish alike
+        return leaf.finish(x)
 
 
-class _Steps(Sampler[list[int]]):
-    """The positions of all parts of step after step, without end."""
+def _to(x: Any, device: torch.device | str) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    return [_to(part, device) for part in x]
+
+
+class _Steps(Sampler[list[tuple[int, int, int]]]):
+    """``(position, step, row)`` of the rows of step after step, without end."""
 
     def __init__(self, draw: Callable[[int], Integers]):
         self.draw = draw
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.draw(step).tolist() for step in itertools.count())
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step in itertools.count():
+            yield [(position, step, row) for row, position in enumerate(self.draw(step).tolist())]
 
 
 class TrainingLoader:
@@ -100,6 +137,7 @@ class TrainingLoader:
         seed: of the draws.
         class_balanced: draw the classes of a part with equal probability.
         num_workers: the most processes that open images (none for data in memory).
+        device: where the minibatches shall be.
 
     Raises:
         ValueError: the partition does not suit the dataset or the batch size.
@@ -114,8 +152,9 @@ class TrainingLoader:
         seed: int = 0,
         class_balanced: bool = False,
         num_workers: int = 0,
+        device: torch.device | str = "cpu",
     ):
-        self.splits, self.seed, self.num_workers = splits, seed, num_workers
+        self.splits, self.seed, self.num_workers, self.device = splits, seed, num_workers, device
         self.examples = examples_of(splits, num_confounders)
         self.keys = np.concatenate([split.keys for split in splits])
         self.parts = partition(self.examples)
@@ -123,11 +162,12 @@ class TrainingLoader:
         self._odds = [balanced_weights(self.examples.y[p.positions]) if class_balanced else None for p in self.parts]
 
     def group_counts(self, num_classes: int) -> tuple[int, ...]:
-        """Number of examples of each of the K * V groups; empty where no confounder is known."""
+        """Number of annotated examples of each of the K * V groups; empty where no confounder is known."""
         examples = self.examples
         if examples.num_confounders < 2:
             return ()
-        return tuple(np.bincount(examples.g, minlength=num_classes * examples.num_confounders).tolist())
+        known = examples.g[examples.g >= 0]
+        return tuple(np.bincount(known, minlength=num_classes * examples.num_confounders).tolist())
 
     def draw(self, step: int) -> Integers:
         """Positions (parts * rows,) of step's examples."""
@@ -138,12 +178,12 @@ class TrainingLoader:
         return np.concatenate(drawn)
 
     def __iter__(self) -> Iterator[list[Minibatch]]:
-        steps = _Steps(self.draw)
-        batches: Iterable[Any] = map(self._gather, map(np.asarray, steps))
-        if not all(indexes_tensors(split.environment) for split in self.splits):
-            batches = DataLoader(_Items(self.splits), batch_sampler=steps, num_workers=workers(self.num_workers))
-        for x, y, positions in batches:
-            yield self._minibatches(x, y, positions)
+        if all(indexes_tensors(split.environment) for split in self.splits):
+            for step in itertools.count():
+                yield self._minibatches(*self._gather(self.draw(step)))
+        items = _Items([split.environment for split in self.splits], [split.keys for split in self.splits], self.seed)
+        for x, y, positions in _opened(items, self.num_workers, self.device, batch_sampler=_Steps(self.draw)):
+            yield self._minibatches(items.finish(x, self.device), y, positions)
 
     def _gather(self, positions: Integers) -> tuple[Tensor, Tensor, Tensor]:
         """Images and labels at positions, straight from the environments' tensors; and the positions."""
@@ -160,20 +200,31 @@ class TrainingLoader:
 
     def _minibatches(self, x: Tensor, y: Tensor, positions: Tensor) -> list[Minibatch]:
         c, e, i = (torch.from_numpy(a)[positions] for a in (self.examples.c, self.examples.e, self.keys))
-        columns = {"c": c, "g": y * self.examples.num_confounders + c, "e": e, "i": i}
-        parts = {name: column.split(self.rows) for name, column in columns.items()}
+        g = torch.where(c < 0, -1, y * self.examples.num_confounders + c)
+        parts = {name: column.split(self.rows) for name, column in {"c": c, "g": g, "e": e, "i": i}.items()}
         pairs = zip(x.split(self.rows), y.split(self.rows), strict=True)
-        return [Minibatch(*pair, **{name: part[p] for name, part in parts.items()}) for p, pair in enumerate(pairs)]
+        minibatches = (Minibatch(*xy, **{name: part[p] for name, part in parts.items()}) for p, xy in enumerate(pairs))
+        return [minibatch.to(self.device) for minibatch in minibatches]
 
 
-def evaluation_batches(environment: Any, keys: Integers, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) and labels (B,) of an environment at keys, once, in their order."""
+def _opened(items: _Items, num_workers: int, device: torch.device | str, **order: Any) -> DataLoader[Any]:
+    """The loader of items; its generator is its own, so that opening images draws nothing from torch's global one."""
+    cuda = torch.device(device).type == "cuda"
+    return DataLoader(items, num_workers=workers(num_workers), pin_memory=cuda, generator=torch.Generator(), **order)
+
+
+def evaluation_batches(
+    environment: Any, keys: Integers, num_workers: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, C, H, W) on the device and labels (B,) of an environment at keys, once, in their order."""
     if indexes_tensors(environment):
         for some in torch.from_numpy(keys).split(EVALUATION_BATCH):
-            yield environment[some]
-    else:
-        loader = DataLoader(Subset(environment, keys.tolist()), EVALUATION_BATCH, num_workers=workers(num_workers))
-        yield from (batch[:2] for batch in loader)
+            x, y = environment[some]
+            yield x.to(device), y
+        return
+    items = _Items([environment], [keys])
+    for x, y, _ in _opened(items, num_workers, device, batch_size=EVALUATION_BATCH):
+        yield items.finish(x, device), y
 
 
 def workers(most: int) -> int:

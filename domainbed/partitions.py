@@ -23,7 +23,7 @@ class Examples:
 
     Attributes:
         labels: gives ``y``, the labels in [0, K), when they are first asked for: some datasets must open every image.
-        c: confounder values in [0, V).
+        c: confounder values in [0, V); -1 where the annotation budget hides them.
         e: environments.
         num_confounders: V; 1 where no confounder is known.
     """
@@ -39,8 +39,8 @@ class Examples:
 
     @property
     def g(self) -> Integers:
-        """Groups y * V + c."""
-        return self.y * self.num_confounders + self.c
+        """Groups y * V + c; -1 where the confounder is hidden."""
+        return np.where(self.c < 0, -1, self.y * self.num_confounders + self.c)
 
 
 class Part(NamedTuple):
@@ -51,12 +51,14 @@ class Part(NamedTuple):
 
 
 def _by_value(name: str, values: Integers) -> list[Part]:
-    return [Part(f"{name} {value}", np.flatnonzero(values == value)) for value in np.unique(values)]
+    return [Part(f"{name} {value}", np.flatnonzero(values == value)) for value in np.unique(values[values >= 0])]
 
 
 def _require_confounder(partition: str, examples: Examples) -> None:
     if examples.num_confounders < 2:
         raise ValueError(f"partition {partition} needs a dataset that knows its confounder; take environment or random")
+    if not (examples.c >= 0).any():
+        raise ValueError(f"partition {partition} needs annotated images; the annotation budget leaves none, raise it")
 
 
 @register

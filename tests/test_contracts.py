@@ -10,8 +10,8 @@ import torch
 
 from domainbed import algorithms, datasets, hparams_registry, partitions, similarities
 from domainbed.algorithms.base import Task
-from domainbed.datasets.base import Split, split_environments, training_splits
 from domainbed.loaders import TrainingLoader
+from domainbed.splits import Split, split_environments, training_splits
 
 EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
 

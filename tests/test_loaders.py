@@ -1,15 +1,18 @@
 import copy
+import dataclasses
 import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from domainbed import partitions
-from domainbed.datasets.base import InMemoryEnvironment, Split
+from domainbed.datasets.base import InMemoryEnvironment
+from domainbed.lib.misc import split_dataset
 from domainbed.loaders import Minibatch, TrainingLoader, evaluation_batches
+from domainbed.splits import Split
 
 
 class Opened(Dataset):
@@ -174,3 +177,77 @@ def test_evaluation_passes_once_in_order(wrap) -> None:
     assert torch.cat([x[:, 0, 0, 0] for x, _ in batches]).tolist() == keys.tolist()
     assert torch.cat([y for _, y in batches]).tolist() == (keys % 2).tolist()
     assert max(len(x) for x, _ in batches) <= 64
+
+
+class Late(Opened):
+    """An environment that hands out bytes, adds a drawn number to them in training, and halves finished batches."""
+
+    def read(self, key: int, rng: np.random.Generator | None = None) -> torch.Tensor:
+        drawn = 0.0 if rng is None else float(rng.random())
+        return self.inner[key][0] + drawn
+
+    def finish(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch / 2
+
+
+def test_images_are_read_one_by_one_and_finished_as_a_batch() -> None:
+    minibatches = next(iter(loader(wrap=Late)))
+    drawn = torch.cat([2 * x[:, 0, 0, 0] - (100 * m.e + m.i) for m in minibatches for x in [m[0]]])
+    assert 0 < drawn.min() < drawn.max() < 1
+    assert len(drawn.unique()) == len(drawn)  # each row has a draw of its own
+    x, _ = next(evaluation_batches(Late(environment(10, 0)), np.array([3, 1])))
+    assert x[:, 0, 0, 0].tolist() == [1.5, 0.5]  # never augmented
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_a_function_of_seed_and_step(workers: int) -> None:
+    a, b = (
+        [torch.cat([m[0] for m in step]) for step in islice(loader(wrap=Late, seed=4, num_workers=n), 3)]
+        for n in (0, workers)
+    )
+    assert all(map(torch.equal, a, b))
+    other = torch.cat([m[0] for m in next(iter(loader(wrap=Late, seed=5)))])
+    assert not torch.equal(a[0], other)
+
+
+def test_compositions_of_environments_are_read_through() -> None:
+    def halves(environment: InMemoryEnvironment) -> ConcatDataset:
+        late = Late(environment)
+        return ConcatDataset([Subset(late, range(20)), split_dataset(Subset(late, range(20, 40)), 20, seed=0)[0]])
+
+    for x, m in ((m[0], m) for m in next(iter(loader("environment", wrap=halves)))):
+        first = m.i < 20
+        assert torch.equal((2 * x[:, 0, 0, 0]).floor().long()[first], (100 * m.e + m.i)[first])
+        assert (2 * x[:, 0, 0, 0] % 1 > 0).all()  # the draws arrive too
+
+
+def test_opening_images_draws_nothing_from_the_global_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    next(iter(loader(wrap=Late)))
+    next(evaluation_batches(Late(environment(10, 0)), np.array([3, 1])))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_hidden_confounders_are_marked_and_part_of_no_group() -> None:
+    hidden = [dataclasses.replace(split, annotated=split.keys % 2 == 0) for split in splits()]
+
+    def minibatches(partition: str) -> list[Minibatch]:
+        return next(iter(TrainingLoader(hidden, partitions.REGISTRY[partition], 40, num_confounders=3)))
+
+    for m in minibatches("environment"):
+        known = m.i % 2 == 0
+        assert 0 < known.sum() < len(known)
+        assert torch.equal(m.c, torch.where(known, m.i // 2 % 3, -1))
+        assert torch.equal(m.g, torch.where(known, 3 * m[1] + m.i // 2 % 3, -1))
+    by_group = minibatches("group")
+    assert [m.g.unique().tolist() for m in by_group] == [[0], [1], [2]]  # the labels of even positions are 0
+    loader_ = TrainingLoader(hidden, partitions.REGISTRY["group"], 40, num_confounders=3)
+    assert sum(loader_.group_counts(2)) == sum(int(split.annotated.sum()) for split in hidden)
+
+
+def test_groups_without_any_annotation_are_refused() -> None:
+    hidden = [dataclasses.replace(split, annotated=np.zeros(len(split), dtype=bool)) for split in splits()]
+    with pytest.raises(ValueError, match="the annotation budget leaves none"):
+        TrainingLoader(hidden, partitions.REGISTRY["group"], 12, num_confounders=3)

@@ -58,11 +58,13 @@ class Algorithm(nn.Module):
             dataset's traits that returns such a pair; added to those of the bases and to the shared table.
         PARTITION: the partition that ``train`` takes unless told otherwise.
         MIN_PARTS: the fewest minibatches that ``update`` can work with.
+        NEEDS_CONFOUNDERS: True if ``update`` reads confounders: then it is given annotated images only.
     """
 
     HPARAMS: ClassVar[Mapping[str, HparamsEntry]] = {}
     PARTITION: ClassVar[str] = "environment"
     MIN_PARTS: ClassVar[int] = 1
+    NEEDS_CONFOUNDERS: ClassVar[bool] = False
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__()

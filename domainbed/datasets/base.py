@@ -1,15 +1,17 @@
 """What every dataset shares: environments, labels and confounders known before any image is opened, splits."""
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from domainbed import input_pipelines
+from domainbed.images import Images
 from domainbed.lib import misc
 from domainbed.lib.misc import known_array
 from domainbed.registry import Registry
@@ -36,7 +38,12 @@ DOMAINBED_ORDER = {
     "SpawriousM2M_medium": ("Test", "SC_group_1", "SC_group_2"),
     "SpawriousM2M_hard": ("Test", "SC_group_1", "SC_group_2"),
 }
-OWN_ORDER = ("ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop")
+OWN_ORDER = (
+    "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop", "Waterbirds", "CelebA", "ColoredMNIST224",
+    "VLCSInDistribution_C", "VLCSInDistribution_L", "VLCSInDistribution_S", "VLCSInDistribution_V",
+    "TerraIncognitaInDistribution_L100", "TerraIncognitaInDistribution_L38", "TerraIncognitaInDistribution_L43",
+    "TerraIncognitaInDistribution_L46",
+)  # fmt: skip
 
 REGISTRY: Registry[Any] = Registry("dataset", (*DOMAINBED_ORDER, *OWN_ORDER))
 register = REGISTRY.register
@@ -56,6 +63,10 @@ class MultipleDomainDataset:
         VALIDATION_ENVS: environments that are official validation sets: never trained on, and then no environment
             is split further.
         CONFOUNDERS: names of the values that the environments' ``c`` arrays count; empty: no confounder is known.
+        CLASSES: names of the labels, for tables of groups.
+        PUBLISHED_COUNTS: what the release is known to hold: by environment (or another part that the class's
+            docstring names) the number of images, or of each group g = y * V + c.
+        OPTIONS: names of flags of train that the constructor takes as further keyword arguments.
         HPARAMS_SIZE: "small" or "large": which of DomainBed's default tables holds.
         HPARAMS: further hparams that the dataset fixes, name -> value.
         NEEDS_DATA_DIR: True for a dataset that reads files.
@@ -70,10 +81,13 @@ class MultipleDomainDataset:
     INPUT_SHAPE: ClassVar[tuple[int, ...] | None] = None
     TEST_ENVS: ClassVar[Sequence[int] | None] = None
     VALIDATION_ENVS: ClassVar[Sequence[int]] = ()
-    CONFOUNDERS: ClassVar[Sequence[str]] = ()
+    CONFOUNDERS: Sequence[str] = ()  # may be the instance's own
     HPARAMS_SIZE: ClassVar[str] = "large"
     HPARAMS: ClassVar[Mapping[str, Any]] = {}
     NEEDS_DATA_DIR: ClassVar[bool] = False
+    CLASSES: Sequence[str] = ()
+    PUBLISHED_COUNTS: Mapping[str, Any] = {}
+    OPTIONS: ClassVar[Sequence[str]] = ()
 
     datasets: Sequence[Any]
     input_shape: tuple[int, ...]
@@ -84,6 +98,33 @@ class MultipleDomainDataset:
         """V; 1 where an environment does not know its confounder."""
         known = all(known_array(environment, "c") is not None for environment in self.datasets)
         return len(self.CONFOUNDERS) if known and self.CONFOUNDERS else 1
+
+    def group_name(self, group: int) -> str:
+        """What group g = y * V + c holds, in words: "waterbird, land"."""
+        y, c = divmod(group, self.num_confounders)
+        names = (self.CLASSES[y] if self.CLASSES else f"y={y}", self.CONFOUNDERS[c] if self.CONFOUNDERS else f"c={c}")
+        return ", ".join(names)
+
+    def use_input_pipeline(self, name: str) -> None:
+        """Reads the images of all environments by the pipeline of that name, after having checked their files.
+
+        Raises:
+            NotImplementedError: no such pipeline.
+            ValueError: image files are missing or damaged, or the dataset holds none though the pipeline is not the
+                default.
+        """
+        pipeline, pools = input_pipelines.REGISTRY[name], {}
+        environments = [leaf for environment in self for leaf in leaves(environment)]
+        files = [leaf for leaf in environments if isinstance(leaf, ImageEnvironment)]
+        if not files and name != input_pipelines.DEFAULT:
+            raise ValueError(f"--input_pipeline {name} is for image files, and {type(self).__name__} holds none")
+        for environment in files:
+            images = environment.images
+            if images not in pools:
+                images.check()
+                pools[images] = pipeline(images)
+                pools[images].prepare()
+            environment.pipeline = pools[images]
 
     def __getitem__(self, index: int) -> Any:
         return self.datasets[index]
@@ -117,102 +158,98 @@ class InMemoryEnvironment(TensorDataset):
         return (x.float() / 255 if x.dtype == torch.uint8 else x), y
 
 
+class ImageEnvironment(Dataset[tuple[Tensor, int]]):
+    """Some images of a pool, with aligned arrays.
+
+    Args:
+        images: the pool.
+        positions: (N,) of the images in the pool.
+        y: labels (N,) in [0, K).
+        c: confounder values (N,) in [0, V); None: not known.
+        augment: training draws random crops, flips and colours.
+        split_units: (N,) which original an image was made from; images of one unit never part in a split.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        positions: ArrayLike,
+        y: ArrayLike,
+        c: ArrayLike | None = None,
+        *,
+        augment: bool = False,
+        split_units: ArrayLike | None = None,
+    ):
+        self.images, self.augment = images, augment
+        self.positions: Integers = np.asarray(positions, dtype=np.int64)
+        self.y: Integers = np.asarray(y, dtype=np.int64)
+        self.c: Integers | None = None if c is None else np.asarray(c, dtype=np.int64)
+        self.split_units: Integers | None = None if split_units is None else np.asarray(split_units, dtype=np.int64)
+        arrays = (array for array in (self.y, self.c, self.split_units) if array is not None)
+        assert all(len(array) == len(self.positions) for array in arrays)
+        self.pipeline: Any = input_pipelines.REGISTRY[input_pipelines.DEFAULT](images)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, int]:
+        """The image (3, size, size), normalised and never augmented, and its label."""
+        batch = torch.utils.data.default_collate([self.read(key)])
+        return self.finish(batch)[0], int(self.y[key])
+
+    def read(self, key: int, rng: np.random.Generator | None = None) -> Any:
+        """The image in its pipeline's compact form; augmented by draws from ``rng`` if this environment augments."""
+        return self.pipeline.read(int(self.positions[key]), rng if self.augment else None)
+
+    def finish(self, batch: Any) -> Tensor:
+        """Collated compact images -> (B, 3, size, size) float32, normalised, on the device on which they are."""
+        finished: Tensor = self.pipeline.finish(batch)
+        return finished
+
+    def take(self, keys: ArrayLike, augment: bool | None = None) -> "ImageEnvironment":
+        """The images at keys as an environment of their own, from the same pool."""
+        keys = np.asarray(keys, dtype=np.int64)
+        c, units = (None if array is None else array[keys] for array in (self.c, self.split_units))
+        augment = self.augment if augment is None else augment
+        return ImageEnvironment(self.images, self.positions[keys], self.y[keys], c, augment=augment, split_units=units)
+
+
+def image_size(hparams: Mapping[str, Any]) -> int:
+    """Pixels of a side of the images that a network sees: the hparam ``image_size``, 224 by default."""
+    return int(hparams.get("image_size", 224))
+
+
+def augments(hparams: Mapping[str, Any]) -> bool:
+    """Whether training images are augmented: the hparam ``data_augmentation``, true by default."""
+    return bool(hparams.get("data_augmentation", True))
+
+
+def leaves(environment: Any) -> Iterator[Any]:
+    """The datasets of which a composition (Subset, ConcatDataset) is made; the environment itself if it is none."""
+    if isinstance(environment, ConcatDataset):
+        for part in environment.datasets:
+            yield from leaves(part)
+    elif isinstance(environment, Subset | misc._SplitDataset):
+        yield from leaves(misc.underlying(environment)[0])
+    else:
+        yield environment
+
+
+def locate(environment: Any, key: int) -> tuple[Any, int]:
+    """The dataset that holds an example of a composition, and the example's position in it."""
+    while True:
+        if isinstance(environment, ConcatDataset):
+            part = bisect.bisect_right(environment.cumulative_sizes, key)
+            key -= environment.cumulative_sizes[part - 1] if part else 0
+            environment = environment.datasets[part]
+        elif isinstance(environment, Subset | misc._SplitDataset):
+            environment, keys = misc.underlying(environment)
+            key = int(keys[key])
+        else:
+            return environment, key
+
+
 def confounders(environment: Any) -> Integers:
     """The confounder values (N,); zeros where the environment knows none."""
     known = known_array(environment, "c")
     return np.zeros(len(environment), dtype=np.int64) if known is None else known
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some examples of one environment.
-
-    Attributes:
-        env: the environment's number e.
-        kind: "in" (trained on, or tested), "out" (held out), "uda" (unlabelled).
-        environment: the whole environment.
-        keys: (N,) the examples' positions in it.
-        number: the number in its record keys: e, but DomainBed counts the uda-splits from 0.
-    """
-
-    env: int
-    kind: str
-    environment: Any
-    keys: Integers
-    number: int
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-def split_environments(
-    dataset: MultipleDomainDataset,
-    test_envs: Sequence[int],
-    holdout_fraction: float,
-    uda_holdout_fraction: float = 0,
-    trial_seed: int = 0,
-) -> list[Split]:
-    """DomainBed's splits: all in-splits, then all non-empty out-splits, then the test environments' uda-splits.
-
-    Environments with ``split_units`` are divided by unit. A dataset with official validation environments is not
-    divided at all.
-
-    Raises:
-        ValueError: an environment number is out of range, a validation environment is asked for as test
-            environment, or nothing is left to train on.
-    """
-    check_test_envs(dataset, test_envs)
-    fraction = 0.0 if dataset.VALIDATION_ENVS else holdout_fraction
-    ins: list[Split] = []
-    outs: list[Split] = []
-    udas: list[Split] = []
-    for e, environment in enumerate(dataset):
-        seed = misc.seed_hash(trial_seed, e)
-        units = getattr(environment, "split_units", None)
-        everything = np.arange(len(environment))
-        out, rest = _divide(everything, int(len(environment) * fraction), seed, units)
-        if e in test_envs:
-            uda, rest = _divide(rest, int(len(rest) * uda_holdout_fraction), seed, units)
-            if len(uda):
-                udas.append(Split(e, "uda", environment, uda, number=len(udas)))
-        ins.append(Split(e, "in", environment, rest, e))
-        outs.append(Split(e, "out", environment, out, e))
-    return [*ins, *filter(len, outs), *udas]
-
-
-def _divide(keys: Integers, n: int, seed: int, units: Integers | None) -> tuple[Integers, Integers]:
-    """The first n (about n, by unit) of the keys in DomainBed's permutation, and the rest."""
-    first, second = misc.split_dataset(keys, n, seed, units=None if units is None else list(units[keys]))
-    return keys[np.asarray(first.keys, dtype=np.int64)], keys[np.asarray(second.keys, dtype=np.int64)]
-
-
-def check_test_envs(dataset: MultipleDomainDataset, test_envs: Sequence[int]) -> None:
-    """Raises ValueError for test environments that the dataset lacks, or that leave the wrong ones to train on."""
-    name, allowed = type(dataset).__name__, [e for e in range(len(dataset)) if e not in dataset.VALIDATION_ENVS]
-    for e in test_envs:
-        if e not in allowed:
-            raise ValueError(f"--test_envs {e}: {name} has the test environments {allowed} ({dataset.ENVIRONMENTS})")
-    official = set(dataset.TEST_ENVS or ()) if dataset.VALIDATION_ENVS else set()
-    if not official <= set(test_envs):
-        raise ValueError(f"--test_envs must contain {sorted(official)}, the official test set of {name}")
-    if set(test_envs) >= set(allowed):
-        raise ValueError(f"--test_envs {list(test_envs)} leaves no environment of {name} to train on; name fewer")
-
-
-def training_splits(dataset: MultipleDomainDataset, splits: Sequence[Split], test_envs: Sequence[int]) -> list[Split]:
-    """The in-splits of the environments that are trained on."""
-    held_out = {*test_envs, *dataset.VALIDATION_ENVS}
-    return [split for split in splits if split.kind == "in" and split.env not in held_out]
-
-
-def validation_splits(dataset: MultipleDomainDataset, splits: Sequence[Split], test_envs: Sequence[int]) -> list[Split]:
-    """What selection may look at: the official validation environments, else the training environments' out-splits."""
-    if dataset.VALIDATION_ENVS:
-        return [split for split in splits if split.kind == "in" and split.env in dataset.VALIDATION_ENVS]
-    return [split for split in splits if split.kind == "out" and split.env not in test_envs]
-
-
-def selection_splits(dataset: MultipleDomainDataset, splits: Sequence[Split], test_envs: Sequence[int]) -> list[Split]:
-    """The splits that some selection method or table reads: all but the training environments' in-splits."""
-    trained = {split.env for split in training_splits(dataset, splits, test_envs)}
-    return [split for split in splits if split.kind != "in" or split.env not in trained]

@@ -111,7 +111,7 @@ def split_dataset(
     return _SplitDataset(dataset, first), _SplitDataset(dataset, rest)
 
 
-def _inner(part: Any) -> tuple[Any, Sequence[int]]:
+def underlying(part: Any) -> tuple[Any, Sequence[int]]:
     """The dataset that a part is taken from, and the part's positions in it."""
     return (part.dataset, part.indices) if isinstance(part, Subset) else (part.underlying_dataset, part.keys)
 
@@ -126,7 +126,7 @@ def known_array(dataset: Any, name: str) -> np.ndarray | None:
         parts = [known_array(part, name) for part in dataset.datasets]
         return None if any(part is None for part in parts) else np.concatenate([p for p in parts if p is not None])
     if isinstance(dataset, Subset | _SplitDataset):
-        inner, keys = _inner(dataset)
+        inner, keys = underlying(dataset)
         whole = known_array(inner, name)
         return None if whole is None else whole[np.asarray(keys, dtype=int)]
     known = getattr(dataset, name, None)

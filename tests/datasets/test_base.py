@@ -1,20 +1,23 @@
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from domainbed.datasets.base import (
+    ImageEnvironment,
     InMemoryEnvironment,
     MultipleDomainDataset,
     confounders,
-    selection_splits,
-    split_environments,
-    training_splits,
-    validation_splits,
+    leaves,
+    locate,
 )
-from domainbed.lib.misc import labels
+from domainbed.images import Images
+from domainbed.lib.misc import labels, split_dataset
+from domainbed.splits import annotate, selection_splits, split_environments, training_splits, validation_splits
 
 
 class Four(MultipleDomainDataset):
@@ -157,3 +160,109 @@ def test_domainbeds_protocol_of_a_dataset() -> None:
     assert dataset[2] is dataset.datasets[2]
     assert list(dataset) == dataset.datasets
     assert dataset.num_confounders == 3
+
+
+def test_compositions_are_taken_apart() -> None:
+    a, b = Four().datasets[:2]
+    both = ConcatDataset([Subset(a, [5, 3]), split_dataset(b, 10, seed=1)[1]])
+    assert list(leaves(both)) == [a, b]
+    assert [locate(both, key) for key in (0, 1)] == [(a, 5), (a, 3)]
+    (inner, key), expected = locate(both, 2), split_dataset(b, 10, seed=1)[1].keys[0]
+    assert (inner, key) == (b, expected)
+    assert list(leaves(a)) == [a]
+    assert locate(a, 7) == (a, 7)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Images:
+    for i in range(6):
+        Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return Images(tmp_path, tuple(f"{i}.png" for i in range(6)), size=4)
+
+
+def levels(x: torch.Tensor) -> list[int]:
+    """The red level of normalised images (B, 3, H, W), from 0 to 255."""
+    return ((x[:, 0, 0, 0] * 0.229 + 0.485) * 255).round().int().tolist()
+
+
+def test_image_environments_open_their_own_images(pool: Images) -> None:
+    environment = ImageEnvironment(pool, [5, 0, 3], [1, 0, 1], [0, 0, 1], split_units=[7, 7, 8])
+    x, y = environment[0]
+    assert (x.shape, x.dtype, y) == ((3, 4, 4), torch.float32, 1)
+    assert levels(x[None]) == [200]
+    assert levels(environment.finish(torch.stack([environment.read(key) for key in range(3)]))) == [200, 0, 120]
+    part = environment.take([2, 1])
+    assert (part.y.tolist(), part.c.tolist(), part.split_units.tolist()) == ([1, 0], [1, 0], [8, 7])
+    assert levels(part[0][0][None]) == [120]
+    assert part.images is environment.images
+
+
+def test_only_training_environments_are_augmented(pool: Images) -> None:
+    for augment in (True, False):
+        environment = ImageEnvironment(pool, range(6), [0] * 6, augment=augment)
+        x = environment.finish(torch.stack([environment.read(5, np.random.default_rng(i)) for i in range(20)]))
+        assert (len(set(levels(x))) > 1) == augment
+        assert levels(environment[5][0][None]) == [200]
+
+
+class Photographs(Four):
+    def __init__(self, pool: Images):
+        self.input_shape, self.num_classes = (3, 4, 4), 2
+        self.datasets = [ImageEnvironment(pool, [0, 1, 2], [0, 1, 1], [0, 1, 2]), ImageEnvironment(pool, [3], [0], [0])]
+
+
+def test_a_pipeline_is_shared_by_the_environments_of_a_pool(pool: Images) -> None:
+    dataset = Photographs(pool)
+    dataset.datasets.append(Subset(dataset.datasets[0], [1]))
+    dataset.use_input_pipeline("pil")
+    assert dataset[0].pipeline is dataset[1].pipeline
+    (pool.root / "3.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"3\.png: not an image"):
+        dataset.use_input_pipeline("pil")
+
+
+def test_pipelines_of_files_are_for_files() -> None:
+    Four().use_input_pipeline("pil")
+    with pytest.raises(ValueError, match="--input_pipeline cv2 is for image files, and Four holds none"):
+        Four().use_input_pipeline("cv2")
+    with pytest.raises(NotImplementedError, match="input pipeline not found: cv3; did you mean cv2"):
+        Four().use_input_pipeline("cv3")
+
+
+def test_groups_have_names(pool: Images) -> None:
+    dataset = Photographs(pool)
+    assert dataset.group_name(4) == "y=1, two"
+    dataset.CLASSES = ("cat", "dog")
+    assert dataset.group_name(4) == "dog, two"
+
+
+def test_budgets_are_exact_nested_and_follow_the_trial() -> None:
+    dataset = Four()
+    trained = training_splits(dataset, split_environments(dataset, [0], 0.2), [0])
+    total, before = sum(map(len, trained)), [np.zeros(len(split), dtype=bool) for split in trained]
+    for budget in (0.0, 0.01, 0.05, 0.2, 0.5, 0.99):
+        now = [split.annotated for split in annotate(trained, budget)]
+        assert sum(mask.sum() for mask in now) == round(budget * total)
+        assert all((mask >= smaller).all() for mask, smaller in zip(now, before, strict=True))
+        before = now
+    assert all(split.annotated is None for split in annotate(trained, 1.0))
+    first, again, other = (annotate(trained, 0.5, seed)[0].annotated for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_what_training_may_know() -> None:
+    dataset = Four()
+    (split, *_) = annotate(training_splits(dataset, split_environments(dataset, [0], 0.2), [0]), 0.5)
+    true = dataset[split.env].c[split.keys]
+    assert (split.c[split.annotated] == true[split.annotated]).all()
+    assert (split.c[~split.annotated] == -1).all()
+    known = split.only_annotated()
+    assert (known.keys == split.keys[split.annotated]).all()
+    assert (known.c == true[split.annotated]).all()
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.5, float("nan")])
+def test_impossible_budgets(budget: float) -> None:
+    with pytest.raises(ValueError, match="--annotation_budget"):
+        annotate([], budget)

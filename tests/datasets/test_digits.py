@@ -4,7 +4,7 @@ import torch
 
 from domainbed import datasets
 from domainbed.datasets import digits
-from domainbed.datasets.base import Split, split_environments, training_splits, validation_splits
+from domainbed.splits import Split, split_environments, training_splits, validation_splits
 
 NAMES = ["ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
 
