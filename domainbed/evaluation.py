@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from domainbed.datasets.base import Integers, Split, confounders
+from domainbed.datasets.base import Integers, confounders
 from domainbed.lib.misc import predicted_labels
 from domainbed.loaders import evaluation_batches
+from domainbed.splits import Split
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def predictions(
     predicted, true = [], []
     algorithm.eval()
     with torch.no_grad(), autocast(device, precision):
-        for x, y in evaluation_batches(environment, keys, num_workers):
-            predicted.append(predicted_labels(algorithm.predict(x.to(device))))
+        for x, y in evaluation_batches(environment, keys, num_workers, device):
+            predicted.append(predicted_labels(algorithm.predict(x)))
             true.append(torch.as_tensor(y))
     algorithm.train()
     return torch.cat(predicted).cpu().numpy(), torch.cat(true).cpu().numpy()

@@ -1,4 +1,7 @@
-"""Records -> the run and the step that one would have chosen: DomainBed's methods, and the group-aware choice."""
+"""Records -> the run and the step that one would have chosen.
+
+DomainBed's methods, for one test environment; training-domain validation for several; the group-aware choice.
+"""
 
 import itertools
 import logging
@@ -6,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -107,10 +110,11 @@ class IIDAccuracySelectionMethod(SelectionMethod):
         val_keys = [keys.acc_key(env, "in") for env in official]
         if not official:
             val_keys = [keys.acc_key(env, "out") for env in _held_out(record) if env != test_env]
-        return _accs(record, val_keys, cls._test_key(test_env))
+        return _accs(record, val_keys, cls.test_key(test_env))
 
     @classmethod
-    def _test_key(cls, test_env: int) -> str:
+    def test_key(cls, test_env: int) -> str:
+        """The record key of the accuracy that is reported for a test environment."""
         return keys.acc_key(test_env, "in")
 
 
@@ -123,7 +127,7 @@ class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
     name = "auto lr training-domain validation set"
 
     @classmethod
-    def _test_key(cls, test_env: int) -> str:
+    def test_key(cls, test_env: int) -> str:
         return keys.full_data_acc_key(test_env)
 
 
@@ -176,36 +180,123 @@ def _held_out(record: Record) -> Iterable[int]:
     return itertools.takewhile(lambda env: keys.acc_key(env, "out") in record, itertools.count())
 
 
-# name on the command line -> what is maximised over validation, from AA and WGA
-CRITERIA: dict[str, Callable[[float, float], float]] = {"aa_wga": keys.aa_wga, "wga": lambda aa, wga: wga}
-
-
 @dataclass(frozen=True)
-class Choice:
-    """The checkpoint that a group-aware criterion takes among the draws of one trial.
+class Checkpoint:
+    """A checkpoint with what validation says of it.
 
     Attributes:
         run: the run it belongs to.
         replicate: 0, or 1, 2, ... for further seeds of the same draw (see ``rows.replicates``).
-        record: its checkpoint.
-        score: the criterion on validation.
-        validation, test: AA and WGA as fractions.
+        record: its numbers.
+        score: what is maximised; NaN on validation is minus infinity.
     """
 
     run: Run
     replicate: int
     record: Record
     score: float
-    validation: keys.Pooled
-    test: keys.Pooled
 
     @property
     def step(self) -> int:
         return int(self.record["step"])
 
 
+C = TypeVar("C", bound=Checkpoint)
+
+
+def _best(by_run: Mapping[Run, Sequence[Record]], judge: Callable[[Run, int, Record], C | None]) -> list[C]:
+    """The best checkpoint per row, dataset, test environments and trial, as ``choose`` describes.
+
+    Args:
+        judge: says of a run, its replicate and one of its records what validation says; None is left out with a
+            warning.
+    """
+    replicate = replicates(by_run)
+    trials: dict[Any, list[C]] = defaultdict(list)
+    for run in sorted(by_run, key=lambda run: (run.trial_seed, run.hparams_seed, run.seed)):
+        checkpoints = sorted(by_run[run], key=lambda record: record["step"])
+        judged = [judge(run, replicate[run], record) for record in checkpoints]
+        trials[run.row, run.cell, run.trial_seed, replicate[run]] += _present(judged, checkpoints)
+    best = (max(judged, key=lambda checkpoint: checkpoint.score) for judged in trials.values() if judged)
+    return [checkpoint for checkpoint in best if checkpoint.score > float("-inf")]
+
+
+@dataclass(frozen=True)
+class AccuracyChoice(Checkpoint):
+    """The checkpoint that the mean validation accuracy takes among the draws of one trial.
+
+    Attributes:
+        test: accuracy of each test environment, a fraction.
+    """
+
+    test: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the test environments."""
+        return float(np.mean(list(self.test.values())))
+
+
+def with_several_test_envs(records: Iterable[Record]) -> list[Record]:
+    """The records of runs that test on several environments for their own sake.
+
+    DomainBed also trains with pairs of test environments, which serve leave-one-out selection for the runs with a
+    single one. So a run with two test environments is not among them if its row was also trained on its dataset with
+    a single test environment; one with three or more always is.
+    """
+    by_run = runs(records)
+    single = {(run.row, run.dataset) for run in by_run if len(run.test_envs) == 1}
+    several = [run for run in by_run if len(run.test_envs) >= (3 if (run.row, run.dataset) in single else 2)]
+    return [record for run in several for record in by_run[run]]
+
+
+def choose_by_accuracy(
+    records: Iterable[Record], method: type[IIDAccuracySelectionMethod] = IIDAccuracySelectionMethod
+) -> list[AccuracyChoice]:
+    """The checkpoint per row, dataset, test environments and trial with the highest mean validation accuracy.
+
+    The training-domain method for any number of test environments, none of which it looks at: the mean over the
+    training environments' out-splits, or over the official validation environments. Trials and ties as in ``choose``.
+
+    Args:
+        records: of any number of runs.
+        method: says which accuracy of a test environment is reported.
+    """
+    return _best(runs(records), lambda run, replicate, record: _judge_accuracy(run, replicate, record, method))
+
+
+def _judge_accuracy(
+    run: Run, replicate: int, record: Record, method: type[IIDAccuracySelectionMethod]
+) -> AccuracyChoice | None:
+    val_keys = [keys.acc_key(*split) for split in validation_splits(record)]
+    found = {env: _accs(record, val_keys, method.test_key(env)) for env in run.test_envs}
+    accs = {env: acc for env, acc in found.items() if acc is not None}
+    if len(accs) < len(found):
+        return None
+    score = _val_acc(accs[run.test_envs[0]])  # validation is the same for all
+    return AccuracyChoice(run, replicate, record, score, {env: acc["test_acc"] for env, acc in accs.items()})
+
+
+# name on the command line -> what is maximised over validation, from AA and WGA
+CRITERIA: dict[str, Callable[[float, float], float]] = {"aa_wga": keys.aa_wga, "wga": lambda aa, wga: wga}
+
+
+@dataclass(frozen=True)
+class Choice(Checkpoint):
+    """The checkpoint that a group-aware criterion takes among the draws of one trial; its score is the criterion.
+
+    Attributes:
+        validation, test: AA and WGA as fractions.
+        test_means: adjusted average accuracy and group mean, fractions.
+    """
+
+    validation: keys.Pooled
+    test: keys.Pooled
+    test_means: keys.PooledMeans
+
+
 def validation_splits(record: Record) -> list[tuple[int, str]]:
-    """``(env, split)`` of what group-aware selection may look at.
+    """``(env, split)`` of what selection may look at.
 
     The official validation environments, else the out-splits of the training environments.
     """
@@ -236,20 +327,14 @@ def choose(records: Iterable[Record], criterion: str = "aa_wga") -> list[Choice]
     if criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r} is unknown; choose among {', '.join(CRITERIA)}")
     by_run = runs(record for record in records if keys.has_groups(record))
-    replicate = replicates(by_run)
-    trials: dict[Any, list[Choice]] = defaultdict(list)
-    for run in sorted(by_run, key=lambda run: (run.trial_seed, run.hparams_seed, run.seed)):
-        checkpoints = sorted(by_run[run], key=lambda record: record["step"])
-        judged = [_judge(run, replicate[run], record, CRITERIA[criterion]) for record in checkpoints]
-        trials[run.row, run.cell, run.trial_seed, replicate[run]] += _present(judged, checkpoints)
-    best = (max(choices, key=lambda choice: choice.score) for choices in trials.values() if choices)
-    return [choice for choice in best if choice.score > float("-inf")]
+    return _best(by_run, lambda run, replicate, record: _judge(run, replicate, record, CRITERIA[criterion]))
 
 
 def _judge(run: Run, replicate: int, record: Record, score: Callable[[float, float], float]) -> Choice | None:
     validation = keys.pooled(record, validation_splits(record))
-    test = keys.pooled(record, [(env, "in") for env in run.test_envs])
+    tested = [(env, "in") for env in run.test_envs]
+    test = keys.pooled(record, tested)
     if validation is None or test is None:
         return None
     value = float("-inf") if math.isnan(sum(validation)) else score(*validation)
-    return Choice(run, replicate, record, value, validation, test)
+    return Choice(run, replicate, record, value, validation, test, keys.pooled_means(record, tested))

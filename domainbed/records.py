@@ -29,6 +29,16 @@ def wga_key(env: int, split: str) -> str:
     return f"env{env}_{split}_wga"
 
 
+def adj_acc_key(env: int, split: str) -> str:
+    """Adjusted average accuracy (``adjusted_average``), a fraction; absent where it can't be had."""
+    return f"env{env}_{split}_adj_acc"
+
+
+def group_mean_key(env: int, split: str) -> str:
+    """Unweighted mean of the accuracies of the split's non-empty groups, a fraction."""
+    return f"env{env}_{split}_group_mean_acc"
+
+
 def worst_group_key(env: int, split: str) -> str:
     """Number g of the worst group (only where groups are too many to be written one by one)."""
     return f"env{env}_{split}_wga_g"
@@ -49,14 +59,19 @@ def group_count_key(env: int, split: str, group: int) -> str:
     return f"env{env}_{split}_g{group}_n"
 
 
+def training_count_key(group: int) -> str:
+    """Number of the run's training images in group g; absent when there are none, or groups are too many."""
+    return f"train_g{group}_n"
+
+
 def full_data_acc_key(env: int) -> str:
     """Accuracy of an environment's in-split after a second stage that trains on everything (train_autolr)."""
     return f"fd_{acc_key(env, 'in')}"
 
 
 def is_group_key(key: str) -> bool:
-    """Whether a key speaks of a single group; consoles leave these out."""
-    return re.fullmatch(r"env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn])", key) is not None
+    """Whether a key speaks of a single group, or is the mean over the groups; consoles leave these out."""
+    return re.fullmatch(r"train_g\d+_n|env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn]|group_mean_acc)", key) is not None
 
 
 class GroupCounts(NamedTuple):
@@ -74,6 +89,12 @@ def group_metrics(record: Mapping[str, Any], env: int, split: str) -> GroupCount
         {g: record[group_acc_key(env, split, g)] for g in sorted(groups)},
         {g: record[group_count_key(env, split, g)] for g in sorted(groups)},
     )
+
+
+def training_group_counts(record: Mapping[str, Any]) -> dict[int, int]:
+    """Training images of each non-empty group; empty where the record does not carry them."""
+    found = ((re.fullmatch(r"train_g(\d+)_n", key), n) for key, n in record.items())
+    return {int(match[1]): n for match, n in found if match}
 
 
 def environments(record: Mapping[str, Any], split: str) -> list[int]:
@@ -96,11 +117,59 @@ def aa_wga(aa: float, wga: float) -> float:
     return (aa + wga) / 2
 
 
+def adjusted_average(acc: Mapping[int, float], training: Mapping[int, int]) -> float | None:
+    """Adjusted average accuracy: the groups' accuracies, each weighted by the group's share of the training images.
+
+    Args:
+        acc: accuracy of each non-empty group of what was measured.
+        training: training images of each group of this run.
+
+    Returns:
+        None where a group of the training images has no accuracy (the weights are not spread over the others), or
+        no training image is known.
+
+    Source: Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020, https://arxiv.org/abs/1911.08731,
+    for Waterbirds; the weights here are those of the data that the run trained on.
+    """
+    weights = {g: n for g, n in training.items() if n}
+    if not weights or not weights.keys() <= acc.keys():
+        return None
+    return sum(n * acc[g] for g, n in weights.items()) / sum(weights.values())
+
+
+def group_mean(acc: Mapping[int, float]) -> float:
+    """The unweighted mean over the non-empty groups, of which there must be one."""
+    return sum(acc.values()) / len(acc)
+
+
 class Pooled(NamedTuple):
-    """Average and worst-group accuracy of several splits taken as one, fractions."""
+    """Average and worst-group accuracy of several splits taken as one, fractions: what selection goes by."""
 
     aa: float
     wga: float
+
+
+class PooledMeans(NamedTuple):
+    """Adjusted average accuracy and group mean of several splits taken as one, fractions; None: not to be had."""
+
+    adjusted: float | None
+    group_mean: float | None
+
+
+def _pooled_groups(
+    record: Mapping[str, Any], splits: Sequence[tuple[int, str]]
+) -> tuple[dict[int, float], dict[int, int]] | None:
+    """Correct and all images of each group of the splits together; None where a split's are not in the record."""
+    metrics = [group_metrics(record, env, split) for env, split in splits]
+    if not metrics or not all(metric.n for metric in metrics):
+        return None
+    count: dict[int, int] = defaultdict(int)
+    correct: dict[int, float] = defaultdict(float)
+    for metric in metrics:
+        for g, n in metric.n.items():
+            count[g] += n
+            correct[g] += n * metric.acc[g]
+    return correct, count
 
 
 def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pooled | None:
@@ -112,14 +181,9 @@ def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pool
     Returns:
         None if there is no split, or one of them is not in the record or without groups.
     """
-    metrics = [group_metrics(record, env, split) for env, split in splits]
-    if metrics and all(metric.n for metric in metrics):
-        count: dict[int, int] = defaultdict(int)
-        correct: dict[int, float] = defaultdict(float)
-        for metric in metrics:
-            for g, n in metric.n.items():
-                count[g] += n
-                correct[g] += n * metric.acc[g]
+    groups = _pooled_groups(record, splits)
+    if groups is not None:
+        correct, count = groups
         return Pooled(sum(correct.values()) / sum(count.values()), min(correct[g] / count[g] for g in count))
     keys = [(acc_key(env, split), wga_key(env, split)) for env, split in splits]
     if not keys or not all(acc in record and wga in record for acc, wga in keys):
@@ -127,26 +191,64 @@ def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pool
     return Pooled(sum(record[acc] for acc, _ in keys) / len(keys), min(record[wga] for _, wga in keys))
 
 
-def accuracies(measured: Mapping[tuple[int, str], "Accuracy"], num_groups: int) -> dict[str, float | int]:
+def pooled_means(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> PooledMeans:
+    """Adjusted average accuracy and group mean of all examples of the splits together.
+
+    One split's are read from its keys. Several splits' follow from the groups' counts and the training counts, so
+    they are None where groups are too many to be written one by one, and in records that were written without them.
+    """
+    if len(splits) == 1:
+        (place,) = splits
+        return PooledMeans(record.get(adj_acc_key(*place)), record.get(group_mean_key(*place)))
+    groups = _pooled_groups(record, splits)
+    if groups is None or not all(group_mean_key(*place) in record for place in splits):
+        return PooledMeans(None, None)
+    correct, count = groups
+    acc = {g: correct[g] / n for g, n in count.items()}
+    return PooledMeans(adjusted_average(acc, training_group_counts(record)), group_mean(acc))
+
+
+def accuracies(
+    measured: Mapping[tuple[int, str], "Accuracy"], num_groups: int, training_counts: Sequence[int] = ()
+) -> dict[str, float | int]:
     """The record keys of measured splits.
 
     Args:
         measured: accuracy by environment number and kind of split.
         num_groups: K * V; up to MAX_GROUPS_WRITTEN each non-empty group is written, else the worst one.
+        training_counts: the run's training images in each of the K * V groups; empty where they are not known, and
+            then nothing is adjusted.
     """
+    assert len(training_counts) in (0, num_groups)
+    training = {g: int(n) for g, n in enumerate(training_counts) if n}
     record: dict[str, float | int] = {}
-    for (env, kind), accuracy in measured.items():
-        record[acc_key(env, kind)] = accuracy.average
-        if not accuracy.groups:
-            continue
-        record[wga_key(env, kind)] = accuracy.worst
-        if num_groups > MAX_GROUPS_WRITTEN:
-            record[worst_group_key(env, kind)] = accuracy.worst_group
-            record[worst_group_count_key(env, kind)] = accuracy.counts[accuracy.worst_group]
-            continue
-        for g, n in accuracy.counts.items():
-            record[group_acc_key(env, kind, g)] = accuracy.groups[g]
-            record[group_count_key(env, kind, g)] = n
+    for place, accuracy in measured.items():
+        record[acc_key(*place)] = accuracy.average
+        if accuracy.groups:
+            record |= _group_accuracies(*place, accuracy, training, num_groups <= MAX_GROUPS_WRITTEN)
+    if num_groups <= MAX_GROUPS_WRITTEN and any(accuracy.groups for accuracy in measured.values()):
+        record |= {training_count_key(g): n for g, n in training.items()}
+    return record
+
+
+def _group_accuracies(
+    env: int, kind: str, accuracy: "Accuracy", training: Mapping[int, int], one_by_one: bool
+) -> dict[str, float | int]:
+    """What a split's groups add to its average."""
+    record: dict[str, float | int] = {
+        wga_key(env, kind): accuracy.worst,
+        group_mean_key(env, kind): group_mean(accuracy.groups),
+    }
+    adjusted = adjusted_average(accuracy.groups, training)
+    if adjusted is not None:
+        record[adj_acc_key(env, kind)] = adjusted
+    if not one_by_one:
+        record[worst_group_key(env, kind)] = accuracy.worst_group
+        record[worst_group_count_key(env, kind)] = accuracy.counts[accuracy.worst_group]
+        return record
+    for g, n in accuracy.counts.items():
+        record[group_acc_key(env, kind, g)] = accuracy.groups[g]
+        record[group_count_key(env, kind, g)] = n
     return record
 
 

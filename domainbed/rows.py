@@ -1,13 +1,17 @@
 """Records -> which run, and which row of a table, they belong to."""
 
 import contextlib
+import functools
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from domainbed import registry
+
+logger = logging.getLogger(__name__)
 
 # What tells the runs of a row apart, or changes no number.
 NOT_ROW = {
@@ -17,11 +21,16 @@ NOT_ROW = {
 NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.
 DEFAULTS = {
+    "annotation_budget": 1.0,
+    "input_pipeline": "pil",
     "precision": "fp32",
     "task": "domain_generalization",
     "holdout_fraction": 0.2,
     "uda_holdout_fraction": 0,
 }
+# Extras that a name states even where all rows share them, and their words there: DomainBed's tables cut names at 20
+# characters.
+ALWAYS_NAMED = {"annotation_budget": "budget"}
 
 Record = Mapping[str, Any]
 Cell = tuple[str, tuple[int, ...]]  # dataset, test environments
@@ -31,8 +40,15 @@ def declared(package: str, name: str, attribute: str, default: Any = None) -> An
     """A class attribute of an algorithm or dataset; the default if no such class can be found."""
     try:
         return registry.attribute(package, name, attribute, default)
-    except (NotImplementedError, ImportError):
+    except (NotImplementedError, ImportError) as error:
+        if registry.is_file(name):
+            _warn_once(f"{name}: its environments and their roles are not known ({error})")
         return default
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def default_partition(algorithm: str) -> str:
@@ -73,14 +89,25 @@ class Row:
     @property
     def name(self) -> str:
         """The row's name where no other row is near: its label, or the algorithm with all that is not default."""
-        return self.label or self.describe(key for key, _ in self.extras)
+        return self.titled({key for key, _ in self.extras})
 
-    def describe(self, keys: Iterable[str], partition: bool = True) -> str:
-        """``ALG``, ``ALG:partition`` if the partition is not the algorithm's own, and the extras among the keys."""
-        shown = set(keys)
+    def titled(self, keys: Collection[str], partition: bool = True) -> str:
+        """The label with what a name always states, or the description where there is no label."""
+        return " ".join([self.label, *self._words(())]) if self.label else self.describe(keys, partition)
+
+    def describe(self, keys: Collection[str], partition: bool = True) -> str:
+        """``ALG``, ``ALG:partition`` if the partition is not the algorithm's own, and the extras among the keys.
+
+        Those of ALWAYS_NAMED are stated in any case.
+        """
         other = partition and self.partition != default_partition(self.algorithm)
-        words = [f"{self.algorithm}:{self.partition}" if other else self.algorithm]
-        return " ".join(words + [f"{key}={text.strip(chr(34))}" for key, text in self.extras if key in shown])
+        return " ".join([f"{self.algorithm}:{self.partition}" if other else self.algorithm, *self._words(keys)])
+
+    def _words(self, keys: Collection[str]) -> list[str]:
+        """``key=value`` of the extras among the keys and of those that are always named; these come first."""
+        stated = [(ALWAYS_NAMED[key], text) for key, text in self.extras if key in ALWAYS_NAMED]
+        others = [(key, text) for key, text in self.extras if key in keys and key not in ALWAYS_NAMED]
+        return [f"{key}={text.strip(chr(34))}" for key, text in stated + others]
 
 
 def _overrides(hparams: Any) -> dict[str, Any]:
@@ -103,7 +130,7 @@ def row_names(cells: Iterable[Collection[Row]], partition: bool = True) -> dict[
     A name is the row's label; without one it is the algorithm (with its partition, if that is not its own) and
     those extras in which rows that meet somewhere differ. So what all rows share is not repeated, and rows that
     never meet, as one draw chosen per dataset, may share a line. Rows of one label that do meet are told apart by
-    what a name without label would say.
+    what a name without label would say. The extras of ALWAYS_NAMED are stated whether rows share them or not.
 
     Args:
         cells: rows that meet, as those of one dataset and its test environments.
@@ -112,7 +139,7 @@ def row_names(cells: Iterable[Collection[Row]], partition: bool = True) -> dict[
     """
     together = [set(cell) for cell in cells]
     varying = set().union(*map(_varying, together))
-    names = {row: row.label or row.describe(varying, partition) for cell in together for row in cell}
+    names = {row: row.titled(varying, partition) for cell in together for row in cell}
     for cell in together:
         lines = Counter((names[row], partition or row.partition) for row in cell)
         clashing = [row for row in cell if row.label and lines[names[row], partition or row.partition] > 1]

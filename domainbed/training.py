@@ -15,9 +15,9 @@ from torch import Tensor
 
 from domainbed import records
 from domainbed.algorithms.base import Task
-from domainbed.datasets.base import Split
 from domainbed.evaluation import autocast, evaluate
 from domainbed.loaders import Minibatch
+from domainbed.splits import Split
 
 MODEL_FILE = "model.pkl"
 BEST_MODEL_FILE = "model_best.pkl"
@@ -35,6 +35,7 @@ class Plan:
         num_classes, num_confounders: K and V.
         precision: "fp32" or "bf16".
         num_workers: the most processes that open images.
+        training_counts: training images of each of the K * V groups; empty where no confounder is known.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class Plan:
     num_confounders: int
     precision: str = "fp32"
     num_workers: int = 0
+    training_counts: tuple[int, ...] = ()
 
 
 def keep_freed_memory() -> None:
@@ -74,8 +76,8 @@ def train(
     values = defaultdict(list)
     for step in range(plan.steps):
         start = time.perf_counter()
-        batch = [minibatch.to(device) for minibatch in next(minibatches)]
-        extra = None if unlabeled is None else [x.to(device) for x in next(unlabeled)]
+        batch = next(minibatches)
+        extra = None if unlabeled is None else next(unlabeled)
         with autocast(device, plan.precision):
             step_values = algorithm.update(batch, extra)
         values["step_time"].append(time.perf_counter() - start)
@@ -94,7 +96,7 @@ def train(
 def measurements(algorithm: Any, plan: Plan, device: torch.device) -> dict[str, float | int]:
     """The record keys of the accuracies of the plan's splits."""
     found = evaluate(algorithm, plan.splits, plan.num_confounders, device, plan.precision, plan.num_workers)
-    return records.accuracies(found, plan.num_classes * plan.num_confounders)
+    return records.accuracies(found, plan.num_classes * plan.num_confounders, plan.training_counts)
 
 
 def save_model(

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from domainbed import records
-from domainbed.datasets.base import InMemoryEnvironment, Split
+from domainbed.datasets.base import InMemoryEnvironment
 from domainbed.evaluation import Accuracy, autocast, evaluate, measure, predictions
+from domainbed.splits import Split
 
 CPU = torch.device("cpu")
 
@@ -76,12 +77,46 @@ def test_the_algorithm_is_left_in_training_mode() -> None:
 def test_record_keys() -> None:
     found = {(1, "out"): Accuracy(0.6, {0: 0.5, 3: 0.25}, {0: 2, 3: 4})}
     assert records.accuracies(found, num_groups=4) == {
-        "env1_out_acc": 0.6, "env1_out_wga": 0.25,
+        "env1_out_acc": 0.6, "env1_out_wga": 0.25, "env1_out_group_mean_acc": 0.375,
         "env1_out_g0_acc": 0.5, "env1_out_g0_n": 2, "env1_out_g3_acc": 0.25, "env1_out_g3_n": 4,
     }  # fmt: skip
     assert records.accuracies(found, num_groups=65) == {
-        "env1_out_acc": 0.6, "env1_out_wga": 0.25, "env1_out_wga_g": 3, "env1_out_wga_n": 4,
+        "env1_out_acc": 0.6, "env1_out_wga": 0.25, "env1_out_group_mean_acc": 0.375, "env1_out_wga_g": 3,
+        "env1_out_wga_n": 4,
     }  # fmt: skip
+
+
+def test_record_keys_with_the_training_counts() -> None:
+    found = {(1, "out"): Accuracy(0.6, {0: 0.5, 3: 0.25}, {0: 2, 3: 4}), (2, "in"): Accuracy(0.5, {0: 0.5}, {0: 2})}
+    plain, adjusted = (
+        records.accuracies(found, 4),
+        {"env1_out_adj_acc": (3 * 0.5 + 0.25) / 4},
+    )  # of group 3 none in env2
+    assert records.accuracies(found, 4, (30, 0, 0, 10)) == plain | adjusted | {"train_g0_n": 30, "train_g3_n": 10}
+    many = (30, 0, 0, 10, *[0] * 61)
+    assert records.accuracies(found, 65, many) == records.accuracies(found, 65) | adjusted
+
+
+def test_adjusted_accuracy_agrees_with_a_loop_over_examples() -> None:
+    rng = np.random.default_rng(1)
+    written, y, c = (rng.integers(0, high, 300).tolist() for high in (3, 3, 2))
+    training = rng.choice(6, 200, p=[0.4, 0.1, 0.02, 0.08, 0.3, 0.1]).tolist()
+    split = Split(0, "in", environment(written, y, c), np.arange(300), 0)
+    counts = [training.count(g) for g in range(6)]
+
+    record = records.accuracies(evaluate(Reader(3), [split], 2, CPU), 6, counts)
+
+    groups = [2 * label + confounder for label, confounder in zip(y, c, strict=True)]
+    expected = 0.0
+    for w, label, g in zip(written, y, groups, strict=True):  # each example as often as its group is in training
+        expected += (w == label) * (training.count(g) / len(training)) / groups.count(g)
+    assert record["env0_in_adj_acc"] == pytest.approx(expected)
+    assert record["env0_in_adj_acc"] != pytest.approx(record["env0_in_acc"], abs=0.001)
+    assert [record[f"train_g{g}_n"] for g in range(6)] == counts
+
+
+def test_without_groups_nothing_is_adjusted() -> None:
+    assert records.accuracies({(0, "in"): Accuracy(0.5, {}, {})}, 2, (3, 4)) == {"env0_in_acc": 0.5}
 
 
 def test_bf16_is_autocast() -> None:

@@ -16,7 +16,9 @@ from domainbed.model_selection import (
     OracleSelectionMethod,
     SelectionMethod,
     choose,
+    choose_by_accuracy,
     get_test_records,
+    with_several_test_envs,
 )
 
 NAN = float("nan")
@@ -194,6 +196,90 @@ class TestOfficialSplits:
         assert not caplog.records
 
 
+class TestSeveralTestEnvs:
+    def envs(self, *records):
+        return [tuple(r["args"]["test_envs"]) for r in with_several_test_envs(records)]
+
+    def test_pairs_beside_single_ones_serve_leave_one_out_only(self):
+        leave_one_out = [record(test_envs=envs) for envs in ([0], [1], [0, 1], [0, 2])]
+        assert self.envs(*leave_one_out) == []
+        assert self.envs(*leave_one_out[2:]) == [(0, 1), (0, 2)]
+        assert self.envs(*leave_one_out[:1], record(test_envs=[1, 2])) == []
+
+    def test_pairs_of_another_row_or_dataset_stay(self):
+        single = record(test_envs=[0])
+        others = [record(test_envs=[0, 1], algorithm="IRM"), record(test_envs=[1, 2], dataset="VLCS")]
+        assert self.envs(single, *others) == [(0, 1), (1, 2)]
+        labelled = record(test_envs=[0, 1])
+        labelled["args"]["label"] = "mine"
+        assert self.envs(single, labelled) == [(0, 1)]
+
+    def test_three_are_never_a_pair(self):
+        assert self.envs(record(test_envs=[0]), record(test_envs=[0, 1]), record(test_envs=[2, 0, 1])) == [(2, 0, 1)]
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_agrees_with_its_definition(self, seed):
+        rng = np.random.default_rng(seed)
+        test_envs, trained = ([1, 2, 3], [0]) if seed % 2 else ([0, 2], [1, 3])
+        records = [
+            record(step, test_envs, dataset="VLCS", hparams_seed=draw, **accuracies(*rng.integers(0, 5, (2, 4)) / 4))
+            for draw in (1, 0, 2)
+            for step in (20, 0, 10)
+        ]
+        best = None
+        for r in sorted(records, key=lambda r: (r["args"]["hparams_seed"], r["step"])):
+            val = sum(r[f"env{e}_out_acc"] for e in trained) / len(trained)
+            if best is None or val > best[0]:
+                best = val, r
+        (choice,) = choose_by_accuracy(records)
+        assert (choice.score, choice.record) == (pytest.approx(best[0]), best[1])
+        assert choice.test == {e: best[1][f"env{e}_in_acc"] for e in test_envs}
+        assert choice.mean == pytest.approx(sum(choice.test.values()) / len(test_envs))
+
+    def test_of_one_test_environment_is_domainbeds_method(self):
+        rng = np.random.default_rng(7)
+        records = [record(step, [1], **accuracies(*rng.random((2, 3)))) for step in range(20)]
+        (choice,) = choose_by_accuracy(records)
+        assert IIDAccuracySelectionMethod.run_acc(Q(records)) == {"val_acc": choice.score, "test_acc": choice.test[1]}
+
+    def test_test_environments_do_not_choose(self):
+        first = record(0, [0, 1], **accuracies([0.1, 0.2, 0], [0.9, 0.9, 0.5]))
+        second = record(1, [0, 1], **accuracies([0.3, 0.4, 0], [0, 0, 0.6]))
+        (choice,) = choose_by_accuracy([first, second])
+        assert (choice.step, choice.test, choice.mean) == (1, {0: 0.3, 1: 0.4}, pytest.approx(0.35))
+
+    def test_trials_rows_and_test_environments_are_separate(self):
+        places = [{}, {"trial_seed": 1}, {"algorithm": "IRM"}, {"test_envs": [0, 1]}, {"seed": 1}]
+        places = [{"test_envs": [0, 2], "seed": 0} | place for place in places]
+        found = choose_by_accuracy([record(**p, **accuracies([0.5] * 3, [0.5] * 3)) for p in places])
+        assert len(found) == 5
+        assert [c.replicate for c in found if c.run[:-1] == found[0].run[:-1]] == [0, 1]
+
+    def test_incomplete_checkpoints_are_left_out_with_a_warning_and_nan_never_wins(self, caplog):
+        whole = record(2, [0, 1], **accuracies([0.5] * 3, [0, 0, 0.2]))
+        better = record(1, [0, 1], **accuracies([0.5], [0, 0, 0.9]))
+        nan = record(0, [0, 1], **accuracies([0.5] * 3, [0, 0, NAN]))
+        with caplog.at_level(logging.WARNING):
+            assert [choice.step for choice in choose_by_accuracy([nan, better, whole])] == [2]
+        assert "left out 1 of 3 checkpoints" in caplog.text
+        assert choose_by_accuracy([nan]) == []
+        unheld = record(0, [0, 1], **accuracies([0.5] * 3, []))
+        assert choose_by_accuracy([unheld]) == []
+
+    def test_auto_lr_reports_the_second_stage(self):
+        stage = accuracies([0.1] * 3, [0.1] * 3) | {"fd_env0_in_acc": 0.9, "fd_env2_in_acc": 0.7}
+        (choice,) = choose_by_accuracy([record(test_envs=[0, 2], **stage)], IIDAutoLRAccuracySelectionMethod)
+        assert choice.test == {0: 0.9, 2: 0.7}
+
+    @pytest.mark.usefixtures("official")
+    def test_official_validation_environments_choose(self):
+        steps = [(0.9, 0.1, 0.2, 0.6, 0.5), (0.1, 0.5, 0.4, 0.7, 0.3), (0.9, 0.5, 0.3, 0.8, 0.8)]
+        (choice,) = choose_by_accuracy(
+            [record(i, [3, 4], "Official", **accuracies(ins, [])) for i, ins in enumerate(steps)]
+        )
+        assert (choice.step, choice.score, choice.test) == (1, pytest.approx(0.45), {3: 0.7, 4: 0.3})
+
+
 def split(rng, env, kind, n=30, n_groups=3):
     """(per-image correctness, groups) of a split, and its record keys computed image by image."""
     groups = rng.choice(n_groups, n, p=[0.7, 0.2, 0.1])
@@ -278,6 +364,19 @@ class TestChoose:
         assert choice.test == pytest.approx(aa_and_wga(images[1, "in"], images[3, "in"]))
         assert choice.score == pytest.approx(sum(choice.validation) / 2)
         assert (choice.step, choice.run.test_envs) == (7, (1, 3))
+
+    def test_test_means_are_those_of_the_tested_environments_together(self):
+        measured = {"env0_in": {0: (0.5, 1), 1: (0.25, 3)}, "env2_in": {0: (1.0, 1), 1: (0.25, 1)}}
+        values = dict(grouped_record(0.5, 0.5)) | {"train_g0_n": 1, "train_g1_n": 3}
+        for name, groups in measured.items():
+            values |= {f"{name}_wga": 0.25, f"{name}_acc": 0.5, f"{name}_group_mean_acc": 0.5}
+            for g, (acc, n) in groups.items():
+                values |= {f"{name}_g{g}_acc": acc, f"{name}_g{g}_n": n}
+        values["args"] = record(test_envs=[0, 2])["args"]
+        (choice,) = choose([values])
+        assert choice.test_means == (0.25 * 0.75 + 0.75 * 0.25, 0.5)
+        (old,) = choose([grouped_record(0.5, 0.5)])
+        assert old.test_means == (None, None)
 
     @pytest.mark.usefixtures("official")
     def test_official_splits_are_pooled_likewise(self):

@@ -1,17 +1,23 @@
 import json
 import math
 import threading
+from collections.abc import Mapping, Sequence
+from fractions import Fraction as F
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from domainbed import records
+from domainbed.evaluation import Accuracy, measure
 
 
 def test_keys() -> None:
     assert records.acc_key(1, "out") == "env1_out_acc"
     assert records.wga_key(1, "in") == "env1_in_wga"
+    assert records.adj_acc_key(1, "in") == "env1_in_adj_acc"
+    assert records.group_mean_key(2, "out") == "env2_out_group_mean_acc"
+    assert records.training_count_key(12) == "train_g12_n"
     assert records.group_acc_key(0, "in", 7) == "env0_in_g7_acc"
     assert records.group_count_key(0, "in", 7) == "env0_in_g7_n"
 
@@ -19,6 +25,7 @@ def test_keys() -> None:
 @pytest.mark.parametrize(
     ("key", "expected"),
     [("env0_in_g3_acc", True), ("env10_out_g12_n", True), ("env0_in_wga_g", True), ("env0_in_wga_n", True),
+     ("env0_in_group_mean_acc", True), ("train_g12_n", True), ("env0_in_adj_acc", False),
      ("env0_in_acc", False), ("env0_in_wga", False), ("g3_acc", False), ("loss", False)],
 )  # fmt: skip
 def test_keys_that_consoles_leave_out(key: str, expected: bool) -> None:
@@ -87,6 +94,85 @@ def test_pooling_weighs_groups_by_their_counts() -> None:
     assert found == (7 / 10, 6 / 9)  # group 1: (0 + 6) of 9
     assert records.pooled(record, [(0, "out"), (2, "out")]) is None
     assert records.pooled(record, []) is None
+
+
+ACC = {0: F(1, 2), 1: F(1, 4), 2: F(1), 3: F(3, 4)}
+
+
+def test_adjusted_average_by_hand() -> None:
+    assert records.adjusted_average(ACC, {0: 6, 1: 1, 3: 3}) == F(6, 10) / 2 + F(1, 10) / 4 + F(3, 10) * 3 / 4
+    assert records.adjusted_average(ACC, {1: 7}) == F(1, 4)
+    assert records.adjusted_average(ACC, dict.fromkeys(ACC, 5)) == records.group_mean(ACC) == F(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("measured", "training"),
+    [({0: F(1, 2)}, {0: 99, 1: 1}), (ACC, {4: 3, 5: 2}), (ACC, {}), (ACC, {0: 0})],
+    ids=["a training group is empty", "no training group occurs", "counts not known", "nothing to train on"],
+)
+def test_what_cannot_be_adjusted_is_none(measured: dict[int, F], training: dict[int, int]) -> None:
+    assert records.adjusted_average(measured, training) is None
+
+
+def test_an_empty_training_group_needs_no_accuracy() -> None:
+    assert records.adjusted_average({0: F(1, 2)}, {0: 3, 1: 0}) == F(1, 2)
+
+
+def test_group_numbers_and_means_are_told_apart() -> None:
+    record = {"env0_in_g7_acc": 0.5, "env0_in_g7_n": 2, "env0_in_group_mean_acc": 0.5, "env0_in_adj_acc": 0.25}
+    record |= {"env0_in_acc": 0.5, "train_g7_n": 5, "train_g11_n": 6, "train_group_n": 3}
+    assert records.group_metrics(record, 0, "in") == ({7: 0.5}, {7: 2})
+    assert records.training_group_counts(record) == {7: 5, 11: 6}
+    assert records.environments(record, "in") == [0]
+
+
+def splits_of(images: Mapping[tuple[int, str], Sequence[tuple[bool, int]]]) -> dict[tuple[int, str], Accuracy]:
+    """What evaluation finds of splits of (correct, group)."""
+    found = {place: tuple(map(np.array, zip(*some, strict=True))) for place, some in images.items()}
+    return {place: measure(correct, groups) for place, (correct, groups) in found.items()}
+
+
+def test_pooled_means_by_hand() -> None:
+    images = {(0, "in"): [(True, 0), (False, 0), (True, 1)], (1, "in"): [(True, 0), (False, 1), (False, 1), (True, 3)]}
+    record = records.accuracies(splits_of(images), 4, (1, 4, 0, 0))  # group 0: 2 of 3, group 1: 1 of 3, group 3: 1 of 1
+    found = records.pooled_means(record, [(0, "in"), (1, "in")])
+    assert found == pytest.approx((float(F(1, 5) * F(2, 3) + F(4, 5) * F(1, 3)), float(F(2, 3))))
+    assert records.pooled_means(record, [(0, "in")]) == pytest.approx((0.2 * 0.5 + 0.8 * 1, 0.75))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pooled_means_agree_with_a_loop_over_all_images(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    places = [(0, "out"), (3, "in"), (11, "out")]
+    images = {place: [(rng.random() < 0.6, int(rng.integers(0, 4))) for _ in range(60)] for place in places}
+    training = (50, 20, 0, 9)
+    record = records.accuracies(splits_of(images), 4, training)
+    for n in (1, 2, 3):
+        together = [image for place in places[:n] for image in images[place]]
+        acc = [np.mean([ok for ok, group in together if group == g]) for g in range(4)]
+        expected = sum(share * a for share, a in zip(training, acc, strict=True)) / 79, sum(acc) / 4
+        assert records.pooled_means(record, places[:n]) == pytest.approx(expected)
+
+
+def test_splits_that_hold_the_training_groups_only_together_are_adjusted_together() -> None:
+    images = {(0, "in"): [(True, 0)], (1, "in"): [(False, 1)]}
+    record = records.accuracies(splits_of(images), 2, (3, 1))
+    assert not any(key.endswith("adj_acc") for key in record)
+    assert records.pooled_means(record, [(0, "in"), (1, "in")]) == (0.75, 0.5)
+
+
+def test_pooled_means_that_cannot_be_had() -> None:
+    images = {(0, "in"): [(True, 0)], (1, "in"): [(False, 1)]}
+    places = list(images)
+    unseen = records.accuracies(splits_of(images), 4, (0, 0, 3, 1))  # training groups that no test image shows
+    assert records.pooled_means(unseen, places) == (None, 0.5)
+    many = records.accuracies(splits_of(images), 65, (3, 1, *[0] * 63))
+    assert records.pooled_means(many, places) == (None, None)
+    one = records.accuracies(splits_of({(0, "in"): [(True, 0), (False, 1)]}), 65, (3, 1, *[0] * 63))
+    assert records.pooled_means(one, [(0, "in")]) == (0.75, 0.5)
+    old = {key: n for key, n in unseen.items() if not key.endswith("_group_mean_acc") and not key.startswith("train")}
+    assert records.pooled_means(old, places) == records.pooled_means(old, places[:1]) == (None, None)
+    assert records.pooled_means(unseen, []) == records.pooled_means(unseen, [(0, "in"), (7, "in")]) == (None, None)
 
 
 def test_score() -> None:

@@ -22,6 +22,7 @@ class TestRow:
         defaults = {
             "partition": None, "label": None, "precision": "fp32", "steps": None, "checkpoint_freq": None,
             "hparams": None, "task": "domain_generalization", "holdout_fraction": 0.2, "uda_holdout_fraction": 0.0,
+            "annotation_budget": 1, "input_pipeline": "pil", "confounders": None,
         }  # fmt: skip
         assert Row.of(args(**defaults)) == Row.of(args(partition="environment", auto_lr=False)) == Row.of(args())
 
@@ -30,6 +31,8 @@ class TestRow:
         [
             {"partition": "random"}, {"label": "mine"}, {"precision": "bf16"}, {"steps": 300}, {"holdout_fraction": 0},
             {"hparams": '{"lr": 1}'}, {"task": "domain_adaptation"}, {"some_new_flag": [1, 2]},
+            {"annotation_budget": 0.05}, {"annotation_budget": 0.0}, {"input_pipeline": "cv2"},
+            {"confounders": ["sex"]},
         ],
     )  # fmt: skip
     def test_every_other_setting_makes_another_row(self, setting):
@@ -95,6 +98,29 @@ class TestRowNames:
         plain, labelled = Row.of(args()), Row.of(args(partition="random", label="ERM"))
         names = row_names([{plain, labelled}])
         assert names == {plain: "ERM", labelled: "ERM (ERM:random)"}
+
+    def test_an_annotation_budget_is_always_stated(self):
+        budget = {"annotation_budget": 0.05}
+        assert Row.of(args(**budget, steps=3)).name == "ERM budget=0.05 steps=3"
+        assert Row.of(args(**budget, steps=3, label="mine")).name == "mine budget=0.05"
+        shared = [{**budget, "steps": 3}, {**budget, "steps": 3, "algorithm": "IRM"}, {**budget, "label": "mine"}]
+        assert self.names(shared[:2]) == [["ERM budget=0.05", "IRM budget=0.05"]]
+        assert self.names(shared[2:]) == [["mine budget=0.05"]]
+        assert self.names([budget, {**budget, "annotation_budget": 0}, {}, {"annotation_budget": 1.0}]) == [
+            ["ERM budget=0.05", "ERM budget=0", "ERM", "ERM"]
+        ]
+        assert len(self.names([{**budget, "algorithm": "EX2L_MAE"}])[0][0]) == 20  # DomainBed's tables cut there
+
+    def test_labelled_rows_of_other_budgets_need_no_more(self):
+        cell = [{"label": "a", "annotation_budget": 0.1}, {"label": "a", "annotation_budget": 0.2}, {"label": "a"}]
+        assert self.names(cell) == [["a budget=0.1", "a budget=0.2", "a"]]
+        same = [{"label": "a", "annotation_budget": 0.1, "steps": n} for n in (3, 4)]
+        assert self.names(same) == [[f"a (ERM budget=0.1 steps={n})" for n in (3, 4)]]
+
+    def test_pipelines_and_confounders_are_said_where_they_vary(self):
+        cell = [{"input_pipeline": "cv2"}, {"confounders": ["sex", "age"]}, {}]
+        assert self.names(cell) == [["ERM input_pipeline=cv2", 'ERM confounders=["sex", "age"]', "ERM"]]
+        assert self.names(cell[:1]) == [["ERM"]]
 
     def test_beside_a_column_of_partitions(self):
         cell = [{"partition": "random"}, {"partition": "group"}, {}, {"partition": "group", "steps": 3}]

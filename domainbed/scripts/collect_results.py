@@ -9,7 +9,14 @@ from domainbed.lib import reporting
 from domainbed.lib.query import Q
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
-from domainbed.tables import domainbed_tables, format_mean, group_tables, results_tables, table_text
+from domainbed.tables import (
+    domainbed_tables,
+    format_mean,
+    group_tables,
+    results_tables,
+    several_test_envs_tables,
+    table_text,
+)
 
 __all__ = ["format_mean", "merge_records", "print_results_tables", "print_table", "recursive_freeze", "remove_key"]
 
@@ -89,7 +96,10 @@ def parser() -> DomainBedParser:
 
 
 def main(argv: list[str]) -> int:
-    """Prints and writes DomainBed's tables (results.txt or .tex), then the groups' (groups.txt or .tex).
+    """Prints and writes DomainBed's tables (results.txt or .tex), then ours, each only where there is something in it.
+
+    Ours are those of runs with several test environments (several_test_envs.txt or .tex) and of the groups (groups.txt
+    or .tex).
 
     Raises:
         BadInput: there are no records, or the directory can't be written to.
@@ -97,9 +107,15 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     records = load(args.input_dir)
     methods: Sequence[type[model_selection.SelectionMethod]] = SELECTION_METHODS
+    validation = model_selection.IIDAccuracySelectionMethod
     if args.auto_lr:
-        records, methods = merge_records(records), [model_selection.IIDAutoLRAccuracySelectionMethod]
-    texts = {"results": domainbed_tables(records, methods, args.latex), "groups": group_tables(records, args.latex)}
+        validation = model_selection.IIDAutoLRAccuracySelectionMethod
+        records, methods = merge_records(records), [validation]
+    texts = {
+        "results": domainbed_tables(records, methods, args.latex),
+        "several_test_envs": several_test_envs_tables(records, validation, args.latex),
+        "groups": group_tables(records, args.latex),
+    }
     suffix = "tex" if args.latex else "txt"
     with bad_input():
         for name, text in texts.items():

@@ -58,6 +58,23 @@ class TestMain:
         assert "WGA" not in results
         assert "ERM        Uniform Env.  75.0             50.0" in groups
 
+    def test_several_test_environments_follow_and_have_a_file_of_their_own(self, sweep, capsys):
+        both = record(args={"test_envs": [0, 2]}, env2_in_acc=0.75, **PLAIN, **GROUPS, env2_in_wga=0.5)
+        directory = sweep([both | {"env2_in_g0_acc": 0.75, "env2_in_g0_n": 4}])
+        collect_results.main(["--input_dir", str(directory)])
+        names = ("results.txt", "several_test_envs.txt", "groups.txt")
+        results, several, groups = ((directory / name).read_text(encoding="utf-8") for name in names)
+        assert capsys.readouterr().out == results + several + groups
+        assert "trained on" not in results
+        assert "-------- ColoredMNIST, trained on +80%, tested on +90%, -90%: accuracy" in several
+        assert "ERM        Uniform Env.  25.0  75.0  50.0" in several
+
+    def test_auto_lr_reports_the_second_stage_on_several_test_environments_too(self, sweep, capsys):
+        first = record(0, args={"holdout_fraction": 0.2, "test_envs": [0, 2]}, env2_in_acc=0.5, **PLAIN)
+        second = record(0, args={"holdout_fraction": 0.0, "test_envs": [0, 2]}, fd_env0_in_acc=0.875, fd_env2_in_acc=1)
+        collect_results.main(["--input_dir", str(sweep([first, second])), "--auto_lr"])
+        assert "ERM        Uniform Env.  87.5  100.0  93.8" in capsys.readouterr().out
+
     def test_latex(self, sweep, capsys):
         directory = sweep([record(**PLAIN, **GROUPS)])
         collect_results.main(["--input_dir", str(directory), "--latex"])
