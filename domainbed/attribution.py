@@ -101,7 +101,10 @@ class Captured:
             raise RuntimeError(f"{self._name} did not run while it was captured; call the network inside the `with`")
         if not isinstance(self._output, Tensor) or self._output.ndim != 4:
             given = tuple(self._output.shape) if isinstance(self._output, Tensor) else type(self._output).__name__
-            raise ValueError(f"{self._name} gave {given}; a heatmap needs a layer that gives (B, C, h, w)")
+            raise ValueError(
+                f"{self._name} gave {given}; a heatmap needs a layer that gives (B, C, h, w), such as a featurizer's "
+                "map_layer, which makes maps of tokens"
+            )
         if self._output.shape[2:].numel() == 1:
             raise ValueError(
                 f"{self._name} gave {tuple(self._output.shape)}: a map of one pixel explains nothing; take larger "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed import algorithms, registry
+from domainbed import algorithms, messages, registry
 from domainbed.algorithms.base import HparamsEntry, learning_rate, weight_decay
 from domainbed.seeding import seed_hash
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[Any, Callable[[Any], Any]]  # default, draw(RandomState)
 
-# Read by the networks where they are given, without a default in the table.
-OPTIONAL = frozenset({"backbone", "pretrained", "mlp_width", "mlp_depth", "mlp_dropout"})
+# Read by networks and datasets where they are given, without a default in the table.
+OPTIONAL = frozenset({"backbone", "pretrained", "weights", "image_size", "mlp_width", "mlp_depth", "mlp_dropout"})
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, An
 
 def _check_name(algorithm_class: type, name: str, known: list[str]) -> None:
     if "HPARAMS" in vars(algorithm_class):
-        raise ValueError(registry.not_found(f"hparam of {algorithm_class.__name__}", name, known))
+        raise ValueError(messages.not_found(f"hparam of {algorithm_class.__name__}", name, known))
     for close in difflib.get_close_matches(name, known, n=1):
         logger.warning("hparam %s is passed on to %s; did you mean %s?", name, algorithm_class.__name__, close)
 
@@ -126,13 +126,13 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 
 def _table(algorithm_class: type | None, dataset_name: str) -> dict[str, Pair]:
-    """name -> (default, draw): shared, then the algorithm's (bases first), then what the dataset fixes."""
-    traits, table = DatasetTraits.of(dataset_name), dict(SHARED)
+    """name -> (default, draw): shared, the dataset's pairs, the algorithm's (bases first), what the dataset fixes."""
+    traits, own = DatasetTraits.of(dataset_name), _dataset_attribute(dataset_name, "HPARAMS", {})
+    table = SHARED | {name: value for name, value in own.items() if _is_pair(value)}
     for cls in reversed(algorithm_class.__mro__ if algorithm_class else ()):
         table |= vars(cls).get("HPARAMS", {})
     pairs = {name: entry(traits) if callable(entry) else entry for name, entry in table.items()}
-    fixed = _dataset_attribute(dataset_name, "HPARAMS", {})
-    return pairs | {name: value if _is_pair(value) else _constant(value) for name, value in fixed.items()}
+    return pairs | {name: _constant(value) for name, value in own.items() if not _is_pair(value)}
 
 
 def _is_pair(value: Any) -> bool:

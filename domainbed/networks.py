@@ -1,30 +1,26 @@
 """Featurizers, images (B, C, H, W) -> features (B, n_outputs), and classifiers, features -> logits (B, K).
 
-Every featurizer has ``n_outputs`` and a replaceable module ``activation``, applied last. Convolutional ones have
+Every featurizer has ``n_outputs`` and a replaceable module ``activation``, applied last. Those of images have
 ``map_layer``: the module whose output (B, D, h, w) is the last map before pooling, for a forward hook. It is a
-property, so that it adds nothing to the state dict.
+property or a module without weights, so that it adds nothing to the state dict. Large networks, and those that are
+chosen by name, are in ``backbones``.
 """
 
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed.backbones import BACKBONES, DinoV2, ResNet, build
+from domainbed.backbones.base import Identity
+from domainbed.backbones.weights import from_file_only
 from domainbed.lib.wide_resnet import Wide_ResNet
-from domainbed.registry import Registry
 
 logger = logging.getLogger(__name__)
-
-Identity = nn.Identity
-
-BACKBONES: Registry[Any] = Registry("backbone")  # function of (input_shape, hparams) -> featurizer
 
 
 class MLP(nn.Module):
@@ -118,157 +114,17 @@ class SmallCNN(nn.Module):
 
 @BACKBONES.register
 def small_cnn(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
-    return SmallCNN(input_shape)
+    return from_file_only(SmallCNN(input_shape), hparams)
 
 
-@contextmanager
-def _explained(needed: str) -> Iterator[None]:
-    """Says what could not be loaded and what to do; the hubs raise errors of four libraries, hence the broad catch."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"pretrained weights are missing: {needed} could not be loaded ({type(error).__name__}: {error}); "
-            "put the file there, or start from random weights with --hparams '{\"pretrained\": false}'"
-        ) from error
+@BACKBONES.register
+def mnist_cnn(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
+    return from_file_only(MNIST_CNN(input_shape), hparams)
 
 
-def _torchvision_resnet(name: str, pretrained: bool) -> Any:
-    from torchvision import models
-
-    if not pretrained:
-        return models.get_model(name, weights=None)
-    weights = models.get_model_weights(name)["IMAGENET1K_V1"]
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    with _explained(f"{file}, from {weights.url},"):
-        return models.get_model(name, weights=weights)
-
-
-def _timm_resnet50_augmix() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            "resnet50_augmix (DomainBed's default backbone) needs timm: pip install domainbed-ex2l[timm]; "
-            "or choose torchvision's with --hparams '{\"resnet50_augmix\": false}'"
-        ) from error
-    with _explained("model.safetensors of timm/resnet50.ram_in1k, from the Hugging Face hub's cache ($HF_HOME),"):
-        return timm.create_model("resnet50.ram_in1k", pretrained=True)
-
-
-def _resnet(hparams: Mapping[str, Any]) -> Any:
-    """The residual network that the hparams ask for, with its last layer; only the weights in use are loaded."""
-    small, augmix = hparams.get("resnet18", False), hparams.get("resnet50_augmix", True)
-    pretrained = hparams.get("pretrained", True)
-    if small and augmix:
-        logger.info("resnet18 is set, so resnet50_augmix is not used (in DomainBed it would win)")
-    if augmix and pretrained and not small:
-        return _timm_resnet50_augmix()
-    return _torchvision_resnet("resnet18" if small else "resnet50", pretrained)
-
-
-def _with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """A bias-free first layer for another number of channels; its planes are the old ones in turn."""
-    old = convolution.weight.detach()
-    stride, padding = convolution.stride, convolution.padding
-    new = nn.Conv2d(channels, len(old), convolution.kernel_size, stride, padding, bias=False)  # type: ignore[arg-type]
-    new.weight = nn.Parameter(old[:, torch.arange(channels) % old.shape[1]])
-    return new
-
-
-class ResNet(nn.Module):
-    """ResNet-18 or -50 without its last layer: (B, C, H, W) -> (B, 512) or (B, 2048).
-
-    Source: He et al. 2016, https://arxiv.org/abs/1512.03385; weights from torchvision (IMAGENET1K_V1) or, for
-        ``resnet50_augmix``, timm's ``resnet50.ram_in1k`` (AugMix, https://arxiv.org/abs/1912.02781).
-    Differs: ``resnet18: true`` wins over ``resnet50_augmix``; ``train`` returns the module.
-
-    Args:
-        input_shape: (C, H, W); with C other than 3 the first layer repeats its three planes in turn.
-
-    Hparams:
-        resnet18: 18 layers, not 50.
-        resnet50_augmix: weights trained with AugMix (default); the architecture is the same, so random weights
-            don't need timm.
-        pretrained: False starts from random weights and downloads nothing.
-        freeze_bn: BatchNorm keeps its statistics; its weights are still trained.
-        resnet_dropout: share of the features dropped.
-
-    Raises:
-        ImportError: timm is needed and missing.
-        OSError: the weights can't be loaded.
-    """
-
-    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]):
-        super().__init__()
-        self.hparams = hparams
-        self.network = _resnet(hparams)
-        self.n_outputs: int = self.network.fc.in_features
-        self.network.fc = Identity()
-        if input_shape[0] != 3:
-            self.network.conv1 = _with_input_channels(self.network.conv1, input_shape[0])
-        self.dropout = nn.Dropout(hparams.get("resnet_dropout", 0.0))
-        self.activation: nn.Module = Identity()
-        self.train()
-
-    @property
-    def map_layer(self) -> nn.Module:
-        """The last residual block: its output (B, n_outputs, H/32, W/32) is what is pooled."""
-        return self.network.layer4[-1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dropout(self.network(x)))
-
-    def train(self, mode: bool = True) -> "ResNet":
-        super().train(mode)
-        if self.hparams.get("freeze_bn", False):
-            self.freeze_bn()
-        return self
-
-    def freeze_bn(self) -> None:
-        """Puts every BatchNorm in evaluation mode."""
-        for module in self.network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-
-class DinoV2(nn.Module):
-    """DINOv2 ViT-B/14: (B, 3, H, W), H and W multiples of 14, -> (B, 5 * 768).
-
-    The features are the class tokens of the last four blocks and the mean patch token of the last.
-
-    Source: Oquab et al. 2023, https://arxiv.org/abs/2304.07193, linear evaluation; weights by torch.hub.
-
-    Hparams:
-        vit_dropout: share of the features dropped.
-        vit_attn_tune: train the attention layers only.
-        pretrained: False takes random weights (torch.hub still fetches the code once).
-
-    Raises:
-        ValueError: the images don't have three channels.
-        OSError: torch.hub can't load code or weights.
-    """
-
-    n_outputs = 5 * 768
-
-    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]):
-        super().__init__()
-        if input_shape[0] != 3:
-            raise ValueError(f"images have {input_shape[0]} channels; DINOv2 takes 3, use a ResNet or repeat channels")
-        self.hparams = hparams
-        with _explained(f"facebookresearch/dinov2 (code and dinov2_vitb14_pretrain.pth, in {torch.hub.get_dir()})"):
-            pretrained = hparams.get("pretrained", True)
-            self.network: Any = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=pretrained)
-        if hparams.get("vit_attn_tune", False):
-            for name, parameter in self.network.named_parameters():
-                parameter.requires_grad_(".attn." in name)
-        self.dropout = nn.Dropout(hparams.get("vit_dropout", 0.0))
-        self.activation: nn.Module = Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        blocks = self.network.get_intermediate_layers(x, n=4, return_class_token=True)  # (patch tokens, class token)
-        features = torch.cat([token for _, token in blocks] + [blocks[-1][0].mean(1)], dim=1)
-        return self.activation(self.dropout(features))
+@BACKBONES.register
+def wide_resnet(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
+    return from_file_only(Wide_ResNet(input_shape, 16, 2, 0.0), hparams)
 
 
 class ContextNet(nn.Module):
@@ -298,11 +154,7 @@ def _large_image_featurizer(input_shape: Sequence[int], hparams: Mapping[str, An
     return DinoV2(input_shape, hparams)
 
 
-_FEATURIZER_BY_SIZE = {
-    (28, 28): lambda input_shape, hparams: MNIST_CNN(input_shape),
-    (32, 32): lambda input_shape, hparams: Wide_ResNet(input_shape, 16, 2, 0.0),
-    (224, 224): _large_image_featurizer,
-}
+_FEATURIZER_BY_SIZE = {(28, 28): mnist_cnn, (32, 32): wide_resnet, (224, 224): _large_image_featurizer}
 
 
 def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
@@ -313,23 +165,31 @@ def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
         hparams: read by the featurizer.
 
     Hparams:
-        backbone: a name in ``BACKBONES``; without it the shape decides.
+        backbone: a name in ``BACKBONES``, "timm:NAME" or "torchvision:NAME"; without it the shape decides.
 
     Raises:
         NotImplementedError: no backbone of that name, or no featurizer for that shape.
+        ValueError: the backbone contradicts another hparam, or does not take that shape.
     """
     if backbone := hparams.get("backbone"):
-        return BACKBONES[backbone](input_shape, hparams)
+        return build(backbone, input_shape, hparams)
     if len(input_shape) == 1:
         return MLP(input_shape[0], hparams["mlp_width"], hparams)
     size = tuple(input_shape[1:])
     if size not in _FEATURIZER_BY_SIZE:
         known = ", ".join(f"{height} x {width}" for height, width in _FEATURIZER_BY_SIZE)
         raise NotImplementedError(
-            f"no featurizer for input of shape {tuple(input_shape)}; image sizes with one: {known}; "
-            f"resize the images or set the hparam backbone (one of: {', '.join(BACKBONES)})"
+            f"no featurizer for input of shape {tuple(input_shape)}; image sizes with one: {known}; resize the images "
+            f"or set the hparam backbone (one of: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME)"
         )
-    return _FEATURIZER_BY_SIZE[size](input_shape, hparams)
+    featurizer = _FEATURIZER_BY_SIZE[size](input_shape, hparams)
+    if hparams.get("resnet18", False) and not isinstance(featurizer, ResNet):
+        logger.warning(
+            "resnet18 is not used: images of %d x %d pixels get %s; for a ResNet set the hparam backbone to resnet18",
+            *size,
+            type(featurizer).__name__,
+        )
+    return featurizer
 
 
 def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) -> nn.Module:

@@ -121,7 +121,9 @@ def test_small_cnn_costs_at_most_8_mflop(pixels, map_size):
 
 
 def test_unsupported_size_names_the_way_out():
-    with pytest.raises(NotImplementedError, match=r"\(3, 64, 64\).*28 x 28, 32 x 32, 224 x 224.*backbone.*small_cnn"):
+    with pytest.raises(
+        NotImplementedError, match=r"\(3, 64, 64\).*28 x 28, 32 x 32, 224 x 224.*backbone.*small_cnn.*timm:"
+    ):
         networks.Featurizer([3, 64, 64], {})
 
 
@@ -192,6 +194,16 @@ def test_resnet18_that_wins_is_logged(built, caplog):
     assert "resnet50_augmix is not used" in caplog.text
     caplog.clear()
     networks.ResNet((3, 224, 224), {"resnet18": True, "resnet50_augmix": False})
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("pixels", [28, 32])
+def test_resnet18_that_the_size_overrules_is_warned_of(caplog, pixels):
+    networks.Featurizer((3, pixels, pixels), RANDOM18)
+    assert f"resnet18 is not used: images of {pixels} x {pixels} pixels get" in caplog.text
+    assert "set the hparam backbone to resnet18" in caplog.text
+    caplog.clear()
+    networks.Featurizer((3, pixels, pixels), {"backbone": "resnet18"} | RANDOM18)
     assert caplog.text == ""
 
 
@@ -288,7 +300,8 @@ def test_folding_batch_norm_keeps_the_function(resnet18):
 class FakeViT(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)}) for _ in range(2))
+        layers = ("norm1", "attn", "mlp")
+        self.blocks = nn.ModuleList(nn.ModuleDict({layer: nn.Linear(2, 2) for layer in layers}) for _ in range(2))
         self.patch_embed = nn.Linear(2, 2)
 
     def get_intermediate_layers(self, x, n, return_class_token):
