@@ -1,7 +1,6 @@
 """Names to classes: registration, explained misses, and class attributes read without an import."""
 
 import ast
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -12,20 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from domainbed import manifests
+from domainbed.messages import not_found
 from domainbed.seeding import seed_hash
 
 T = TypeVar("T", bound=Callable[..., Any])
 
 PLUGINS_VARIABLE = "DOMAINBED_PLUGINS"
 _ROOT = Path(__file__).parent
-
-
-def not_found(kind: str, name: str, known: Iterable[str]) -> str:
-    """Message for an unknown name: what came, the nearest known name, what is allowed."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
-    return f"{kind} not found: {name}{hint} known: {', '.join(known)}"
 
 
 class Registry(Generic[T]):
@@ -127,8 +120,11 @@ def import_class(package: str, name: str) -> Any:
 # Reading the source instead of importing it keeps `sweep` and `collect_results` free of torch.
 
 
+_CODE = object()  # stands for a value that only an import gives
+
+
 def _literals(body: Iterable[ast.stmt]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             target, value = node.targets[0].id, node.value
@@ -139,7 +135,7 @@ def _literals(body: Iterable[ast.stmt]) -> dict[str, Any]:
         try:
             found[target] = ast.literal_eval(value)
         except ValueError:
-            continue
+            found[target] = _CODE
     return found
 
 
@@ -216,15 +212,35 @@ def names(package: str) -> list[str]:
     return sorted(registered, key=lambda name: ranks.get(name, len(ranks)))
 
 
-def attribute(package: str, name: str, attribute: str, default: Any = None) -> Any:
-    """A literal class attribute of a registered class; a class that the files do not settle is really imported.
+def is_file(dataset: str) -> bool:
+    """Whether a dataset's name is the path of a CSV file that lists its images."""
+    return dataset.lower().endswith(".csv")
+
+
+def _of_file(path: str) -> dict[str, Any]:
+    """The attributes that a CSV file gives the class that is made of it; reading it takes no torch.
 
     Raises:
-        NotImplementedError: no class of that name, imported or not.
+        NotImplementedError: the file is gone, or holds no dataset.
     """
+    try:
+        found: dict[str, Any] = manifests.read(path).class_attributes
+    except (OSError, ValueError) as error:
+        raise NotImplementedError(str(error)) from error
+    return found
+
+
+def attribute(package: str, name: str, attribute: str, default: Any = None) -> Any:
+    """A class attribute of a registered class; what is no literal, or not settled by the files, is really imported.
+
+    Raises:
+        NotImplementedError: no class of that name, imported or not; or no dataset in the CSV file of that name.
+    """
+    if package == "datasets" and is_file(name):
+        return _of_file(name).get(attribute, default)
     facts = _declared(package).get(name)
     literals = _inherited(package, name) if facts and facts.registered else None
-    if literals is not None:
+    if literals is not None and literals.get(attribute) is not _CODE:
         return literals.get(attribute, default)
     module = importlib.import_module(f"domainbed.{package}")
     return getattr(module.find(name), attribute, default)
