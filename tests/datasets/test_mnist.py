@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import rotate, to_pil_image, to_tensor
+from torchvision.transforms.functional import resize, rotate, to_pil_image, to_tensor
 
 from domainbed import datasets
 from domainbed.datasets.mnist import load_mnist
+from domainbed.loaders import TrainingLoader, evaluation_batches
+from domainbed.partitions import REGISTRY as PARTITIONS
+from domainbed.splits import split_environments, training_splits
 
 
 def raw_arrays(root: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -62,6 +65,61 @@ def test_rotated_mnist_against_torchvision(mnist_root: Path) -> None:
             assert torch.equal(x, expected)
             assert int(y) == digits[order][e::6][i]
             assert dataset[e].c[i] == e
+
+
+def both(root: Path, seed: int, **hparams) -> tuple:
+    """ColoredMNIST at 28 px and the enlarged one, from the same seed."""
+    built = []
+    for name in ("ColoredMNIST", "ColoredMNIST224"):
+        torch.manual_seed(seed)
+        built.append(datasets.get_dataset_class(name)(str(root), [2], hparams))
+    return tuple(built)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_enlarged_one_has_the_same_draws(mnist_root: Path, seed: int) -> None:
+    small, large = both(mnist_root, seed)
+    assert (large.input_shape, large.num_classes, large.num_confounders) == ((3, 224, 224), 2, 2)
+    for a, b in zip(small, large, strict=True):
+        assert np.array_equal(a.y, b.y)
+        assert np.array_equal(a.c, b.c)
+        for i in (0, 17, 239):
+            assert torch.equal(b.read(i).float() / 255, a[i][0])
+            assert b[i][1] == int(a[i][1])
+
+
+def test_enlarging_against_torchvision(mnist_root: Path) -> None:
+    small, large = both(mnist_root, 0, image_size=50)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for i in (0, 5):
+        color, digit = int(small[1].c[i]), small[1][i][0].sum(0)
+        expected = torch.zeros(3, 50, 50)
+        expected[color] = resize(digit[None], [50, 50], InterpolationMode.BILINEAR, antialias=False)[0]
+        assert torch.allclose(large[1][i][0], (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1), atol=1e-5)
+        assert not large[1][i][0][1 - color].diff().any()  # the other colour's channel is empty
+
+
+def test_the_enlarged_one_stays_small_in_memory(mnist_root: Path) -> None:
+    _, large = both(mnist_root, 0)
+    assert all(environment.images.dtype == torch.uint8 for environment in large)
+    assert (
+        len({environment.images.untyped_storage().data_ptr() for environment in large}) == 1
+    )  # of 720 x 28 x 28 bytes
+    assert large[0].images.untyped_storage().nbytes() == 720 * 28 * 28
+
+
+def test_the_enlarged_one_is_read_by_the_loaders(mnist_root: Path) -> None:
+    _, large = both(mnist_root, 0, image_size=30)
+    splits = training_splits(large, split_environments(large, [2], 0.2), [2])
+    loader = TrainingLoader(splits, PARTITIONS["environment"], 5, 2)
+    minibatches = next(iter(loader))
+    for e, minibatch in enumerate(minibatches):
+        for x, y, c, i in zip(*minibatch, minibatch.c, minibatch.i, strict=True):
+            assert torch.allclose(x, large[e][int(i)][0], atol=1e-6)
+            assert (int(y), int(c)) == (large[e].y[i], large[e].c[i])
+    (x, y), *_ = evaluation_batches(large[2], np.arange(3, 9))
+    assert torch.allclose(x[2], large[2][5][0], atol=1e-6)
+    assert y.tolist() == large[2].y[3:9].tolist()
 
 
 def test_hooks_that_others_override(mnist_root: Path) -> None:
