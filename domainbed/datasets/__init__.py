@@ -5,6 +5,7 @@ from typing import Any
 from PIL import ImageFile
 
 from domainbed import registry
+from domainbed.datasets import manifest
 from domainbed.datasets.base import REGISTRY, MultipleDomainDataset
 
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # some public photographs lack their last bytes
@@ -13,11 +14,14 @@ DATASETS = REGISTRY.names  # live
 
 
 def get_dataset_class(dataset_name: str) -> type[MultipleDomainDataset]:
-    """The dataset class of that name: registered, or set on this module from outside.
+    """The dataset class of that name: registered, or set on this module from outside, or made of that CSV file.
 
     Raises:
         NotImplementedError: no such dataset.
+        FileNotFoundError, ValueError: the CSV file is missing, or holds no dataset.
     """
+    if registry.is_file(dataset_name):
+        return manifest.from_file(dataset_name)
     found = globals().get(dataset_name)
     if isinstance(found, type) and getattr(found, "ENVIRONMENTS", None):
         return found
