@@ -3,17 +3,21 @@
 The modules in the order in which data flows; each imports only from those above it:
 
     seeding, console, machine,
-    overrides                         the hash of seeds; table rows; CPU cores; hparams as users write them
+    messages, overrides               the hash of seeds; table rows; CPU cores; wording; hparams as users write them
+    metadata, manifests               CSV files; those that list a dataset's images
     registry                          name -> class; class attributes read without importing
     lib/                              helpers at the paths that DomainBed users import
+    images, augmentation,
+    image_cache, input_pipelines   0  image files; how they are augmented, cached and opened
+    downloading, unpacking, releases  archives from the network; into folders; what a dataset's files are
     datasets/                      1  images, labels y, confounders c, groups g, environments e
-    partitions, loaders            2  which examples share a minibatch; minibatches and evaluation batches
-    networks, attribution, similarities   3  featurizers; Grad-CAM; two maps -> one score per image
+    splits, partitions, loaders    2  what is trained on; which examples share a minibatch; batches
+    backbones, networks, attribution, similarities   3  featurizers; Grad-CAM; two maps -> one score per image
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy
-    records, run_directory,
-    training                       6  one JSON line per checkpoint; a run's directory; the loop
+    records, cards, run_directory,
+    training                       6  one JSON line per checkpoint; what a dataset holds; a run's directory; the loop
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
     tables                         8  chosen runs -> text
     jobs, command_launchers        9  sweep -> jobs; jobs -> machines

@@ -20,7 +20,10 @@ from domainbed.seeding import seed_hash
 logger = logging.getLogger(__name__)
 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
-EXTRAS = ("label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save")
+EXTRAS = (
+    "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
+    "confounders", "annotation_budget",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -280,10 +283,12 @@ class Job:
         return self.state == Job.INCOMPLETE and run_directory.is_running(self.output_dir)
 
     def last_error(self) -> str:
-        """The last line that the job wrote to its stderr."""
+        """The last error message, or else the last line, that the job wrote to its stderr."""
         path = Path(self.output_dir, "err.txt")
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(err.txt says nothing)")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors or lines or ["(err.txt says nothing)"])[-1]
 
     @staticmethod
     def launch(jobs: Sequence["Job"], launcher_fn: Callable[[list[str]], Any]) -> Outcome | None:

@@ -15,10 +15,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the top to the bottom; a module may import those before it, and those of its own entry.
 LAYERS = [
-    ["seeding", "console", "machine", "overrides"], ["registry"],
+    ["seeding", "console", "machine", "messages", "overrides"], ["metadata"], ["manifests"], ["registry"],
     ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
-    ["datasets"], ["partitions"], ["loaders"], ["networks"], ["attribution"], ["similarities"],
-    ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["lib.reporting"],
+    ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
+    ["downloading", "unpacking"], ["releases"],
+    ["datasets"], ["splits"], ["partitions"], ["loaders"], ["backbones"], ["networks"], ["attribution"],
+    ["similarities"],
+    ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["cards"], ["lib.reporting"],
     ["run_directory"], ["training"], ["rows"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"],
     ["scripts"],
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from domainbed import command_launchers, registry, run_directory
+from domainbed import command_launchers, messages, registry, run_directory
 from domainbed.jobs import EXTRAS, Job, Outcome, SweepRow, all_test_env_combinations, make_args_list, make_jobs
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
@@ -89,6 +89,9 @@ def make_parser() -> DomainBedParser:
     add("--precision", choices=["fp32", "bf16"], help="default: fp32")
     add("--eval_splits", choices=["all", "selection"], help="default: all")
     add("--keep_best", choices=["aa_wga"], help="also keep the model that is best on validation")
+    add("--input_pipeline", choices=["pil", "cv2", "device"], help="how image files are opened; default: pil")
+    add("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
+    add("--annotation_budget", type=float, help="share of training images with a known confounder; default: 1")
     add("--no_model_save", dest="skip_model_save", action="store_true", help="store no model.pkl")
     return parser
 
@@ -111,7 +114,7 @@ def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[Sw
     rows = [_row(path, entry) for entry in values.pop("rows", [])]
     for key in values:
         if key not in flags:
-            raise ValueError(f"{path}: {registry.not_found('key', key, [*flags, 'rows'])}")
+            raise ValueError(f"{path}: {messages.not_found('key', key, [*flags, 'rows'])}")
     return [word for key, value in values.items() for word in _as_words(key, value)], rows
 
 
@@ -121,7 +124,7 @@ def _row(path: str, entry: Any) -> SweepRow:
     known = [field.name for field in fields(SweepRow)]
     for key in entry:
         if key not in known:
-            raise ValueError(f"{path}: {registry.not_found('key of [[rows]]', key, known)}")
+            raise ValueError(f"{path}: {messages.not_found('key of [[rows]]', key, known)}")
     if not isinstance(entry.get("hparams", {}), dict):
         raise ValueError(f"{path}: hparams of a row must be a table; got {entry['hparams']}")
     return SweepRow(**entry)

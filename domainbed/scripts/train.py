@@ -1,6 +1,7 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
 import argparse
+import logging
 import math
 import platform
 import random
@@ -16,28 +17,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import datasets, hparams_registry, overrides, partitions, records, run_directory, training
+from domainbed import (
+    datasets,
+    hparams_registry,
+    input_pipelines,
+    overrides,
+    partitions,
+    records,
+    run_directory,
+    training,
+)
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
-from domainbed.datasets.base import (
-    Split,
-    selection_splits,
-    split_environments,
-    training_splits,
-    validation_splits,
-)
-from domainbed.loaders import TrainingLoader
+from domainbed.loaders import TrainingLoader, examples_of
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.seeding import seed_hash
+from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
+
+logger = logging.getLogger(__name__)
 
 DOMAINBED_FLAGS = (
     "data_dir", "dataset", "algorithm", "task", "hparams", "hparams_seed", "trial_seed", "seed", "steps",
     "checkpoint_freq", "test_envs", "output_dir", "holdout_fraction", "uda_holdout_fraction", "skip_model_save",
     "save_model_every_checkpoint",
 )  # fmt: skip
+DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 TASKS = ("domain_generalization", "domain_adaptation")
 
 
@@ -68,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
         choices=("all", "selection"),
         default="all",
         help="selection: leave out what nothing selects by",
+    )
+    p.add_argument(
+        "--input_pipeline",
+        choices=list(input_pipelines.REGISTRY),
+        default=input_pipelines.DEFAULT,
+        help="how image files are opened and augmented",
+    )
+    p.add_argument("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
+    p.add_argument(
+        "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
     )
     p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
     p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
@@ -192,8 +209,8 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     """
     training.keep_freed_memory()
     seed_everything(args["seed"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = build_dataset(args, hparams)
+    dataset.use_input_pipeline(args["input_pipeline"])
     test_envs = args["test_envs"]
     fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
     splits = split_environments(dataset, test_envs, *fractions, trial_seed=args["trial_seed"])
@@ -202,7 +219,8 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
         raise ValueError(f"--keep_best needs groups and validation images; {args['dataset']} as split here lacks them")
 
     trained = training_splits(dataset, splits, test_envs)
-    minibatches = build_loader(trained, args["partition"], dataset, args, hparams)
+    report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
+    minibatches = build_loader(annotated(trained, args), args["partition"], dataset, args, hparams)
     unlabeled = None
     if args["task"] == "domain_adaptation":
         uda = [split for split in splits if split.kind == "uda"]
@@ -212,14 +230,55 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     counts = minibatches.group_counts(dataset.num_classes)
     shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
     task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts)
-    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device)
+    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     smallest = min(len(split) for split in splits if split.kind == "in")
-    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], args)
-    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device)
+    shares = group_counts(dataset, trained)
+    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], args, shares)
+    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device())
 
 
-def build_plan(dataset: Any, measured: Sequence[Split], steps_per_epoch: float, args: dict[str, Any]) -> training.Plan:
+def annotated(trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
+    """The training splits within the annotation budget; an algorithm that reads confounders gets no other images.
+
+    Raises:
+        ValueError: the budget is no share, or leaves nothing to such an algorithm.
+    """
+    budget = args["annotation_budget"]
+    splits = annotate(trained, budget, args["trial_seed"])
+    if not getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False):
+        return splits
+    known = [split for split in map(Split.only_annotated, splits) if len(split)]
+    if not known:
+        raise ValueError(
+            f"{args['algorithm']} learns from confounder labels, and --annotation_budget {budget} leaves none; raise it"
+        )
+    return known
+
+
+def report_unseen(dataset: Any, trained: Sequence[Split], tested: Sequence[Split]) -> None:
+    """Logs the groups of the test environments that training never shows."""
+    shown, asked = (np.asarray(group_counts(dataset, splits)) for splits in (trained, tested))
+    if len(unseen := np.flatnonzero((asked > 0) & (shown == 0))):
+        names = "; ".join(map(dataset.group_name, unseen.tolist()))
+        logger.info("%d of %d test groups never occur in training: %s", len(unseen), (asked > 0).sum(), names)
+
+
+def group_counts(dataset: Any, trained: Sequence[Split]) -> tuple[int, ...]:
+    """Training images of each of the K * V groups, annotated or not; empty where no confounder is known."""
+    if dataset.num_confounders < 2:
+        return ()
+    groups = examples_of(trained, dataset.num_confounders).g
+    return tuple(np.bincount(groups, minlength=dataset.num_classes * dataset.num_confounders).tolist())
+
+
+def build_plan(
+    dataset: Any,
+    measured: Sequence[Split],
+    steps_per_epoch: float,
+    args: dict[str, Any],
+    training_counts: tuple[int, ...],
+) -> training.Plan:
     return training.Plan(
         steps=args["steps"] or dataset.N_STEPS,
         checkpoint_freq=args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ,
@@ -229,14 +288,22 @@ def build_plan(dataset: Any, measured: Sequence[Split], steps_per_epoch: float, 
         num_confounders=dataset.num_confounders,
         precision=args["precision"],
         num_workers=dataset.N_WORKERS,
+        training_counts=training_counts,
     )
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
     dataset_class: Any = datasets.get_dataset_class(args["dataset"])
     if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
         raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
-    return dataset_class(args["data_dir"], args["test_envs"], hparams)
+    given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None}
+    if refused := given.keys() - set(dataset_class.OPTIONS):
+        raise ValueError(f"{args['dataset']} leaves no choice of --{', --'.join(sorted(refused))}; leave it out")
+    return dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
 
 
 def build_loader(
@@ -250,6 +317,7 @@ def build_loader(
         args["seed"],
         hparams["class_balanced"],
         dataset.N_WORKERS,
+        device(),
     )
 
 

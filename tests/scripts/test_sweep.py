@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from domainbed import command_launchers, registry, run_directory
+from domainbed import command_launchers, messages, registry, run_directory
 from domainbed.jobs import SweepRow
 from domainbed.scripts import BadInput, bad_input, run_cli, sweep
 from domainbed.scripts.arguments import DomainBedParser
@@ -151,7 +151,7 @@ def declared(monkeypatch):
 
     def attribute(package, name, attribute, default=None):
         if name not in names[package]:
-            raise NotImplementedError(registry.not_found(package[:-1], name, names[package]))
+            raise NotImplementedError(messages.not_found(package[:-1], name, names[package]))
         facts = {"ENVIRONMENTS": tuple("abcd") if name == "Four" else tuple("abc"), "NEEDS_DATA_DIR": name == "Four"}
         return facts.get(attribute, default)
 

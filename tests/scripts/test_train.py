@@ -193,6 +193,11 @@ with run_directory.lock(sys.argv[1]):
         (["--algorithm", "AbstractMMD"], "algorithm not found: AbstractMMD"),
         (["--algorithm", "Algorithm"], "algorithm not found: Algorithm"),
         (["--dataset", "MultipleDomainDataset"], "dataset not found: MultipleDomainDataset"),
+        (["--confounders", "sex"], "Debug28 leaves no choice of --confounders"),
+        (["--input_pipeline", "cv2"], "--input_pipeline cv2 is for image files"),
+        (["--annotation_budget", "2"], "--annotation_budget 2"),
+        (["--annotation_budget", "0", "--partition", "group"], "the annotation budget leaves none"),
+        (["--annotation_budget", "0", "--algorithm", "EX2L_MAE"], "EX2L_MAE learns from confounder labels"),
         (["--dataset", "DigitsSubpop", "--test_envs", "0"], r"must contain \[3\], the official test set"),
     ],
 )
@@ -244,6 +249,38 @@ def test_partition_is_recorded_and_may_be_chosen(tmp_path: Path) -> None:
     assert run(tmp_path / "c", "--partition", "confounder")[0]["args"]["partition"] == "confounder"
 
 
+def test_within_a_budget_only_annotated_images_have_a_confounder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[tuple[int, int, int]]] = {}
+
+    class Watching(algorithms.ERM):
+        def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+            for m in minibatches:
+                seen.setdefault(type(self).__name__, set()).update(
+                    zip(*(a.tolist() for a in (m.e, m.i, m.c)), strict=True)
+                )
+            return super().update(minibatches, unlabeled)
+
+    class Needing(Watching):
+        NEEDS_CONFOUNDERS = True
+
+    for cls in (Watching, Needing):
+        monkeypatch.setattr(algorithms, cls.__name__, cls, raising=False)
+        flags = ["--algorithm", cls.__name__, "--annotation_budget", "0.5", "--steps", "30", "--partition", "random"]
+        assert run(tmp_path / cls.__name__, *flags)[0]["args"]["annotation_budget"] == 0.5
+    hidden, known = ({(e, i) for e, i, c in seen["Watching"] if (c < 0) == dark} for dark in (True, False))
+    assert not hidden & known
+    assert len(hidden) == len(known) == 13  # half of 2 x 13 training images
+    assert {(e, i) for e, i, _ in seen["Needing"]} == known
+
+
+def test_test_groups_that_training_never_shows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run(tmp_path, "--dataset", "DigitsM2M", "--eval_splits", "selection")
+    assert "8 of 8 test groups never occur in training: y=0, " in caplog.text
+
+
 def test_selection_splits_leave_out_only_what_nothing_selects_by(tmp_path: Path) -> None:
     everything, few = run(tmp_path / "a"), run(tmp_path / "b", "--eval_splits", "selection")
     left_out = {key for key in everything[0].keys() - few[0].keys() if key.endswith("_in_acc")}
@@ -262,7 +299,8 @@ def test_best_model_is_the_one_with_the_best_validation_score(tmp_path: Path) ->
 
 def test_official_validation_is_not_split(tmp_path: Path) -> None:
     (record, *_) = run(tmp_path, "--dataset", "DigitsSubpop", "--test_envs", "3", "--steps", "1", "--algorithm", "IRM")
-    assert {key for key in record if key.endswith("_acc") and "_g" not in key} == {f"env{e}_in_acc" for e in range(4)}
+    keys = {f"env{e}_in_{name}" for e in range(4) for name in ("acc", "adj_acc")}
+    assert {key for key in record if key.endswith("_acc") and "_g" not in key} == keys
 
 
 def test_domain_adaptation_gets_unlabelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
