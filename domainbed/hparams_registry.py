@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 Pair = tuple[Any, Callable[[Any], Any]]  # default, draw(RandomState)
 
 # Read by networks and datasets where they are given, without a default in the table.
-OPTIONAL = frozenset({"backbone", "pretrained", "weights", "image_size", "mlp_width", "mlp_depth", "mlp_dropout"})
+OPTIONAL = frozenset(
+    {"backbone", "pretrained", "weights", "channels_last", "image_size", "mlp_width", "mlp_depth", "mlp_dropout"}
+)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Backbone(nn.Module):
 
     Hparams:
         freeze_bn: BatchNorm keeps its statistics; its weights are still trained.
+        channels_last: computes with the channels as the innermost dimension; rounds differently.
     """
 
     n_outputs: int
@@ -78,6 +79,8 @@ class Backbone(nn.Module):
         self.n_outputs = n_outputs
         self.dropout = nn.Dropout(dropout)
         self.activation: nn.Module = Identity()
+        self.memory_format = torch.channels_last if hparams.get("channels_last", False) else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)
         self.train()
 
     def features(self, x: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class Backbone(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dropout(self.features(x)))
+        return self.activation(self.dropout(self.features(x.contiguous(memory_format=self.memory_format))))
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)

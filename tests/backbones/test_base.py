@@ -153,3 +153,18 @@ def test_unknown_names_list_what_is_allowed(name):
 def test_vectors_have_no_backbone():
     with pytest.raises(ValueError, match=r"resnet18 takes images \(C, H, W\), not shape \(9,\)"):
         networks.Featurizer((9,), {"backbone": "resnet18"} | RANDOM)
+
+
+def test_channels_last_changes_the_memory_and_not_the_features() -> None:
+    def build(last: bool) -> Backbone:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return Backbone(network, 4, {"channels_last": last}, dropout=0.0)
+
+    seen, features, x = [], [], torch.randn(2, 3, 8, 8)
+    for last in (True, False):
+        backbone = build(last)
+        backbone.network[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
+        features.append(backbone(x))
+    assert [maps.is_contiguous(memory_format=torch.channels_last) for maps in seen] == [True, False]
+    torch.testing.assert_close(*features)
