@@ -94,9 +94,12 @@ def test_algorithms_name_their_source_and_their_hparams(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", datasets.DATASETS)
-def test_datasets_name_their_source(name: str) -> None:
+def test_datasets_name_source_licence_and_layout(name: str) -> None:
     cls = datasets.get_dataset_class(name)
-    assert "Source:" in (cls.__doc__ or "")
+    text = cls.__doc__ or ""
+    assert "Source:" in text
+    assert "Licence:" in text
+    assert "Layout:" in text
     assert cls.ENVIRONMENTS
 
 

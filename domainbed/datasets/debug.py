@@ -28,7 +28,10 @@ class Debug(MultipleDomainDataset):
 
 @register
 class Debug28(Debug):
-    """Debug images of 28 px. Source: none, random."""
+    """Debug images of 28 px.
+
+    Source: none, random. Licence: none needed. Layout: no files.
+    """
 
     INPUT_SHAPE = (3, 28, 28)
     HPARAMS_SIZE = "small"
@@ -36,6 +39,9 @@ class Debug28(Debug):
 
 @register
 class Debug224(Debug):
-    """Debug images of 224 px. Source: none, random."""
+    """Debug images of 224 px.
+
+    Source: none, random. Licence: none needed. Layout: no files.
+    """
 
     INPUT_SHAPE = (3, 224, 224)

@@ -107,11 +107,14 @@ class ColoredDigits(Digits):
     the other is zero. Five images are made of each scan. Confounder: the colour, channel 0 or 1.
 
     Source: the protocol of Arjovsky et al. 2019, https://arxiv.org/abs/1907.02893; the scans of Alpaydin and
-    Kaynak 1998 (CC BY 4.0).
+    Kaynak 1998.
+    Licence: CC BY 4.0.
+    Layout: inside scikit-learn.
     """
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
     TEST_ENVS = (2,)
+    CLASSES = ("5 to 9", "0 to 4")
     CONFOUNDERS = ("channel 0", "channel 1")
     COPIES = 5  # images of one scan
 
@@ -168,6 +171,7 @@ class SpawriousDigits(DigitsOnPhotographs):
 
     ENVIRONMENTS = ("Test", "SC_group_1", "SC_group_2")
     TEST_ENVS = (0,)
+    CLASSES = ("0", "1", "4", "6")
     CONFOUNDERS = ("brick", "grass", "gravel", "city")
     DIGITS = (0, 1, 4, 6)
     DESIGNS: Sequence[Sequence[Sequence[int]]]
@@ -188,7 +192,9 @@ class DigitsO2O(SpawriousDigits):
     Of each scan 32 images are made for training, 8 for testing.
 
     Source: the one-to-one design of Spawrious, Lynch, Dovonon, Kaddour and Silva 2023,
-    https://arxiv.org/abs/2303.05470; scans CC BY 4.0, photographs CC0 and CC BY 2.0.
+    https://arxiv.org/abs/2303.05470.
+    Licence: scans CC BY 4.0, photographs CC0 and CC BY 2.0.
+    Layout: inside scikit-learn and scikit-image.
     """
 
     DESIGNS = (
@@ -207,7 +213,9 @@ class DigitsM2M(SpawriousDigits):
     Of each scan 7 images are made for training, 4 on each background for testing.
 
     Source: the many-to-many design of Spawrious, Lynch, Dovonon, Kaddour and Silva 2023,
-    https://arxiv.org/abs/2303.05470; scans CC BY 4.0, photographs CC0 and CC BY 2.0.
+    https://arxiv.org/abs/2303.05470.
+    Licence: scans CC BY 4.0, photographs CC0 and CC BY 2.0.
+    Layout: inside scikit-learn and scikit-image.
     """
 
     DESIGNS = (
@@ -224,13 +232,15 @@ class DigitsSubpop(DigitsOnPhotographs):
     Two training environments hold the same P(label | background) and differ in the share of brick, 85 and 63 %.
     Validation and test are official and balanced: all four groups are equally large there.
 
-    Source: the group shares of Waterbirds, Sagawa, Koh, Hashimoto and Liang 2020, https://arxiv.org/abs/1911.08731;
-    scans CC BY 4.0, photographs CC0.
+    Source: the group shares of Waterbirds, Sagawa, Koh, Hashimoto and Liang 2020, https://arxiv.org/abs/1911.08731.
+    Licence: scans CC BY 4.0, photographs CC0.
+    Layout: inside scikit-learn and scikit-image.
     """
 
     ENVIRONMENTS = ("train, 85% brick", "train, 63% brick", "validation", "test")
     VALIDATION_ENVS = (2,)
     TEST_ENVS = (3,)
+    CLASSES = ("3", "8")
     CONFOUNDERS = ("brick", "gravel")
     DIGITS = (3, 8)
     COUNTS = (  # images by environment, label and background

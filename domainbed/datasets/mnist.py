@@ -87,10 +87,12 @@ class ColoredMNIST(MultipleEnvironmentMNIST):
 
     Source: Arjovsky, Bottou, Gulrajani and Lopez-Paz 2019, "Invariant Risk Minimization",
     https://arxiv.org/abs/1907.02893, in DomainBed's form (28 px, three environments of 23,333 images).
-    Licence of MNIST: CC BY-SA 3.0. Layout: ``MNIST/raw/*-ubyte``.
+    Licence: CC BY-SA 3.0.
+    Layout: ``MNIST/raw/*-ubyte``.
     """
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
+    CLASSES = ("5 to 9", "0 to 4")
     CONFOUNDERS = ("channel 0", "channel 1")
     HPARAMS_SIZE = "small"
     PUBLISHED_COUNTS = {"+90%": 23334, "+80%": 23333, "-90%": 23333}
@@ -162,7 +164,9 @@ class ColoredMNIST224(ColoredMNIST):
 
     Source: Arjovsky et al. 2019, https://arxiv.org/abs/1907.02893; the eX2L paper's times a step show that it ran
     this size, but it doesn't say how the images were enlarged and normalised: that is our reading.
-    Licence and layout: as ColoredMNIST.
+    
+    Licence: CC BY-SA 3.0.
+    Layout: ``MNIST/raw/*-ubyte``.
     Differs from the other image sets: no augmentation.
     """
 
@@ -185,7 +189,9 @@ class RotatedMNIST(MultipleEnvironmentMNIST):
     """Ten digits, each environment turned by another angle. Confounder: the angle.
 
     Source: Ghifary, Kleijn, Zhang and Balduzzi 2015, "Domain Generalization for Object Recognition with Multi-task
-    Autoencoders", https://arxiv.org/abs/1508.07680, in DomainBed's form. Licence and layout: as ColoredMNIST.
+    Autoencoders", https://arxiv.org/abs/1508.07680, in DomainBed's form. 
+    Licence: CC BY-SA 3.0.
+    Layout: ``MNIST/raw/*-ubyte``.
     """
 
     ENVIRONMENTS = ("0", "15", "30", "45", "60", "75")
