@@ -162,7 +162,10 @@ class Items(Dataset[Any]):
 
 
 def waiting(repeats: int, steps: int) -> str:
-    """Blocks of steps in turn; in each the first step, which starts the workers, is left out."""
+    """Blocks of steps in turn; in each the first step, which starts the workers, is left out.
+
+    Times are lower quartiles: what other processes on the machine do adds to them, and to waiting most of all.
+    """
     variants = [("torchvision", 0), ("pil", 0), ("pil", 2), ("cv2", 0)]
     spent: dict[tuple[str, int], list[tuple[float, float]]] = {variant: [] for variant in variants}  # waited, all
     torch.manual_seed(0)
@@ -188,9 +191,9 @@ def waiting(repeats: int, steps: int) -> str:
     rows = []
     for (name, workers), times in spent.items():
         shares = [waited / whole for waited, whole in times]
-        waited, whole = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+        waited, whole = (1000 * np.quantile(column, 0.25) for column in zip(*times, strict=True))
         spread = f"{100 * min(shares):.1f} to {100 * max(shares):.1f}"
-        rows.append([name, workers, f"{whole:.0f}", f"{waited:.0f}", 100 * statistics.median(shares), spread])
+        rows.append([name, workers, f"{whole:.0f}", f"{waited:.0f}", f"{100 * waited / whole:.1f}", spread])
     header = ["pipeline", "loader processes", "step, ms", "of it waiting, ms", "share waiting, %", "min to max"]
     return table(header, rows)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from domainbed import machine
-from domainbed.images import CACHE_VARIABLE, Images
+from domainbed.images import CACHE_VARIABLE, Images, cache_directory
 
 FORMAT = 1
 SUFFIX, PARTIAL = ".uint8", ".partial"
@@ -80,9 +80,7 @@ def open_cache(images: Images) -> ImageCache:
     content = images.content_key()
     name = f"{content[:32]}_pillow_{PIL.__version__}{SUFFIX}"  # another decoder may give other pixels
     folder = Path(f"v{FORMAT}_{len(images)}_images_{images.size}px_{images.list_key[:32]}")
-    ready_made = images.root / ".domainbed_cache" / folder / name  # perhaps by somebody who may write there
-    path = images.cache_directory() / folder / name
-    path = ready_made if _is_whole(ready_made, images) else path
+    path = cache_directory() / folder / name
     if not _is_whole(path, images):
         _build(images, content, path)
     return ImageCache(path, len(images), images.size)

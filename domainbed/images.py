@@ -68,18 +68,6 @@ class Images:
     def _stat(self, path: str) -> os.stat_result:
         return os.stat(self.root / path)
 
-    def cache_directory(self) -> Path:
-        """Where what is derived from the files may be kept: ``$DOMAINBED_CACHE``, or beside them, or the user's cache.
-
-        The folder need not exist yet.
-        """
-        if chosen := os.environ.get(CACHE_VARIABLE):
-            return Path(chosen)
-        beside = self.root / ".domainbed_cache"
-        if os.access(beside if beside.exists() else self.root, os.W_OK | os.X_OK):
-            return beside
-        return Path.home() / ".cache" / "domainbed"
-
     def check(self) -> None:
         """Opens every file's header; a pool that was found sound is not opened again while its files stay the same.
 
@@ -88,7 +76,7 @@ class Images:
                 ones and counts all.
         """
         try:
-            stamp = self.cache_directory() / f"checked_{_hash([self.list_key, self.content_key()])[:32]}.json"
+            stamp = cache_directory() / f"checked_{_hash([self.list_key, self.content_key()])[:32]}.json"
         except OSError:  # a file is missing
             stamp = None
         if stamp is not None and stamp.exists():
@@ -114,6 +102,16 @@ class Images:
                 yield f"{path}: no such file"
             except Exception as error:  # PIL raises many types for damaged headers
                 yield f"{path}: not an image that can be read ({type(error).__name__})"
+
+
+def cache_directory() -> Path:
+    """Where what is derived from images is kept, never beside them: ``$DOMAINBED_CACHE``, or the user's cache.
+
+    The folder need not exist yet.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domainbed"
 
 
 def _hash(words: Iterable[str]) -> str:

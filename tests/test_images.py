@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from domainbed.images import Images, image_files
+from domainbed.images import Images, cache_directory, image_files
 
 
 def draw(path: Path, mode: str = "RGB", size: tuple[int, int] = (9, 5)) -> Path:
@@ -83,13 +83,13 @@ def test_keys_follow_the_list_and_the_contents(tmp_path: Path) -> None:
 
 
 def test_where_derived_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DOMAINBED_CACHE", raising=False)
-    images = Images(tmp_path, ())
-    assert images.cache_directory() == tmp_path / ".domainbed_cache"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert images.cache_directory() == Path.home() / ".cache" / "domainbed"
+    monkeypatch.delenv("DOMAINBED_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_directory() == Path.home() / ".cache" / "domainbed"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "domainbed"
     monkeypatch.setenv("DOMAINBED_CACHE", str(tmp_path / "elsewhere"))
-    assert images.cache_directory() == tmp_path / "elsewhere"
+    assert cache_directory() == tmp_path / "elsewhere"
 
 
 @pytest.mark.parametrize(("options", "message"), [({"crop": "wild"}, "crop 'wild'"), ({"size": 0}, "image size 0")])

@@ -37,11 +37,6 @@ def save(root: Path, name: str, size: tuple[int, int] | None, mode: str = "RGB")
     return f"{name}.png"
 
 
-@pytest.fixture(autouse=True)
-def cache_in_the_images_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DOMAINBED_CACHE", raising=False)
-
-
 @pytest.fixture
 def odd(tmp_path: Path) -> Images:
     """Images of many kinds, for a network of 48 x 48 pixels."""

@@ -164,7 +164,6 @@ class ColoredMNIST224(ColoredMNIST):
 
     Source: Arjovsky et al. 2019, https://arxiv.org/abs/1907.02893; the eX2L paper's times a step show that it ran
     this size, but it doesn't say how the images were enlarged and normalised: that is our reading.
-    
     Licence: CC BY-SA 3.0.
     Layout: ``MNIST/raw/*-ubyte``.
     Differs from the other image sets: no augmentation.
@@ -189,7 +188,7 @@ class RotatedMNIST(MultipleEnvironmentMNIST):
     """Ten digits, each environment turned by another angle. Confounder: the angle.
 
     Source: Ghifary, Kleijn, Zhang and Balduzzi 2015, "Domain Generalization for Object Recognition with Multi-task
-    Autoencoders", https://arxiv.org/abs/1508.07680, in DomainBed's form. 
+    Autoencoders", https://arxiv.org/abs/1508.07680, in DomainBed's form.
     Licence: CC BY-SA 3.0.
     Layout: ``MNIST/raw/*-ubyte``.
     """
