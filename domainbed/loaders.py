@@ -59,6 +59,14 @@ def examples_of(splits: Sequence[Split], num_confounders: int) -> Examples:
     )
 
 
+def group_counts(splits: Sequence[Split], num_classes: int, num_confounders: int) -> tuple[int, ...]:
+    """Number of annotated examples of each of the K * V groups; empty where no confounder is known."""
+    if num_confounders < 2:
+        return ()
+    groups = examples_of(splits, num_confounders).g
+    return tuple(np.bincount(groups[groups >= 0], minlength=num_classes * num_confounders).tolist())
+
+
 def indexes_tensors(environment: Any) -> bool:
     """Whether an environment takes a tensor of positions as index; one with its own way to open an image may not."""
     own = getattr(type(environment), "__getitem__", None)
@@ -162,12 +170,8 @@ class TrainingLoader:
         self._odds = [balanced_weights(self.examples.y[p.positions]) if class_balanced else None for p in self.parts]
 
     def group_counts(self, num_classes: int) -> tuple[int, ...]:
-        """Number of annotated examples of each of the K * V groups; empty where no confounder is known."""
-        examples = self.examples
-        if examples.num_confounders < 2:
-            return ()
-        known = examples.g[examples.g >= 0]
-        return tuple(np.bincount(known, minlength=num_classes * examples.num_confounders).tolist())
+        """``group_counts`` of the examples that are drawn from."""
+        return group_counts(self.splits, num_classes, self.examples.num_confounders)
 
     def draw(self, step: int) -> Integers:
         """Positions (parts * rows,) of step's examples."""

@@ -31,7 +31,7 @@ from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
-from domainbed.loaders import TrainingLoader, examples_of
+from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.seeding import seed_hash
@@ -220,7 +220,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
 
     trained = training_splits(dataset, splits, test_envs)
     report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    minibatches = build_loader(annotated(trained, args), args["partition"], dataset, args, hparams)
+    known = annotated(trained, args)
+    report_not_annotated(dataset, trained, known)
+    minibatches = build_loader(known, args["partition"], dataset, args, hparams)
     unlabeled = None
     if args["task"] == "domain_adaptation":
         uda = [split for split in splits if split.kind == "uda"]
@@ -233,7 +235,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     smallest = min(len(split) for split in splits if split.kind == "in")
-    shares = group_counts(dataset, trained)
+    shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
     plan = build_plan(dataset, measured, smallest / hparams["batch_size"], args, shares)
     return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device())
 
@@ -256,20 +258,24 @@ def annotated(trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
     return known
 
 
+def counts_of(dataset: Any, splits: Sequence[Split]) -> np.ndarray:
+    return np.asarray(group_counts(splits, dataset.num_classes, dataset.num_confounders))
+
+
 def report_unseen(dataset: Any, trained: Sequence[Split], tested: Sequence[Split]) -> None:
     """Logs the groups of the test environments that training never shows."""
-    shown, asked = (np.asarray(group_counts(dataset, splits)) for splits in (trained, tested))
+    shown, asked = (counts_of(dataset, splits) for splits in (trained, tested))
     if len(unseen := np.flatnonzero((asked > 0) & (shown == 0))):
         names = "; ".join(map(dataset.group_name, unseen.tolist()))
         logger.info("%d of %d test groups never occur in training: %s", len(unseen), (asked > 0).sum(), names)
 
 
-def group_counts(dataset: Any, trained: Sequence[Split]) -> tuple[int, ...]:
-    """Training images of each of the K * V groups, annotated or not; empty where no confounder is known."""
-    if dataset.num_confounders < 2:
-        return ()
-    groups = examples_of(trained, dataset.num_confounders).g
-    return tuple(np.bincount(groups, minlength=dataset.num_classes * dataset.num_confounders).tolist())
+def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
+    """Warns of groups of the training images of which the budget annotates none: no partition can draw them."""
+    present, annotated = (counts_of(dataset, splits) for splits in (trained, known))
+    if len(lost := np.flatnonzero((present > 0) & (annotated == 0))):
+        names = "; ".join(map(dataset.group_name, lost.tolist()))
+        logger.warning("the annotation budget leaves no image of %d training group(s): %s", len(lost), names)
 
 
 def build_plan(

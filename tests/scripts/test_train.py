@@ -275,6 +275,14 @@ def test_within_a_budget_only_annotated_images_have_a_confounder(
     assert {(e, i) for e, i, _ in seen["Needing"]} == known
 
 
+def test_groups_that_the_budget_hides_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--dataset", "DigitsSubpop", "--partition", "group", "--eval_splits", "selection"]
+    run(tmp_path / "all", *flags)
+    assert "annotation budget" not in caplog.text
+    run(tmp_path / "few", *flags, "--annotation_budget", "0.003")
+    assert "the annotation budget leaves no image of 1 training group(s): 8, brick" in caplog.text
+
+
 def test_test_groups_that_training_never_shows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     run(tmp_path, "--dataset", "DigitsM2M", "--eval_splits", "selection")
