@@ -11,7 +11,8 @@ The modules in the order in which data flows; each imports only from those above
     image_cache, input_pipelines   0  image files; how they are augmented, cached and opened
     downloading, unpacking, releases  archives from the network; into folders; what a dataset's files are
     datasets/                      1  images, labels y, confounders c, groups g, environments e
-    splits, partitions, loaders    2  what is trained on; which examples share a minibatch; batches
+    splits, partitions, loaders,
+    notices                        2  what is trained on; which examples share a minibatch; batches; warnings
     backbones, networks, attribution, similarities   3  featurizers; Grad-CAM; two maps -> one score per image
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws

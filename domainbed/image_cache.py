@@ -116,7 +116,7 @@ def _build(images: Images, content: str, path: Path) -> None:
             raise
         finally:
             partial.unlink(missing_ok=True)
-        for stale in set(folder.glob(f"*{SUFFIX}")) - {path}:
+        for stale in set(folder.glob(f"*_pillow_{PIL.__version__}{SUFFIX}")) - {path}:
             stale.unlink(missing_ok=True)  # jobs that have it mapped keep it
 
 

@@ -74,8 +74,19 @@ def indexes_tensors(environment: Any) -> bool:
 
 
 def reads_late(environment: Any) -> bool:
-    """Whether an environment hands out images in a compact form, to be finished as a batch where the algorithm is."""
-    return all(hasattr(leaf, "read") and hasattr(leaf, "finish") for leaf in leaves(environment))
+    """Whether an environment hands out images in a compact form, to be finished as a batch where the algorithm is.
+
+    Raises:
+        ValueError: it is composed of some that do and some that don't.
+    """
+    (late,) = _alike({hasattr(leaf, "read") and hasattr(leaf, "finish") for leaf in leaves(environment)})
+    return late
+
+
+def _alike(late: set[bool]) -> set[bool]:
+    if len(late) > 1:
+        raise ValueError("environments mix image files with images in memory; read all of them in one way")
+    return late
 
 
 class _Items(Dataset[tuple[Any, Any, int]]):
@@ -90,7 +101,7 @@ class _Items(Dataset[tuple[Any, Any, int]]):
     def __init__(self, environments: Sequence[Any], keys: Sequence[Integers], seed: int = 0):
         self.environments, self.seed = environments, seed
         self.where = [(e, int(key)) for e, some in enumerate(keys) for key in some]
-        self.late = all(map(reads_late, environments))
+        (self.late,) = _alike({reads_late(environment) for environment in environments})
 
     def __len__(self) -> int:
         return len(self.where)
@@ -146,6 +157,7 @@ class TrainingLoader:
         class_balanced: draw the classes of a part with equal probability.
         num_workers: the most processes that open images (none for data in memory).
         device: where the minibatches shall be.
+        num_environments: the number of training environments; default: that of the splits.
 
     Raises:
         ValueError: the partition does not suit the dataset or the batch size.
@@ -161,12 +173,13 @@ class TrainingLoader:
         class_balanced: bool = False,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        num_environments: int | None = None,
     ):
         self.splits, self.seed, self.num_workers, self.device = splits, seed, num_workers, device
         self.examples = examples_of(splits, num_confounders)
         self.keys = np.concatenate([split.keys for split in splits])
         self.parts = partition(self.examples)
-        self.rows = rows_per_part(self.parts, batch_size, len(splits))
+        self.rows = rows_per_part(self.parts, batch_size, num_environments or len(splits))
         self._odds = [balanced_weights(self.examples.y[p.positions]) if class_balanced else None for p in self.parts]
 
     def group_counts(self, num_classes: int) -> tuple[int, ...]:

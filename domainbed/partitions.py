@@ -57,8 +57,14 @@ def _by_value(name: str, values: Integers) -> list[Part]:
 def _require_confounder(partition: str, examples: Examples) -> None:
     if examples.num_confounders < 2:
         raise ValueError(f"partition {partition} needs a dataset that knows its confounder; take environment or random")
-    if not (examples.c >= 0).any():
+    known = np.unique(examples.c[examples.c >= 0])
+    if not len(known):
         raise ValueError(f"partition {partition} needs annotated images; the annotation budget leaves none, raise it")
+    if len(known) == 1:
+        raise ValueError(
+            f"partition {partition}: the confounder is {known[0]} in all annotated training images, so that it can't "
+            "tell groups apart; take environment or random, other --test_envs, or a larger annotation budget"
+        )
 
 
 @register

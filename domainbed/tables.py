@@ -232,7 +232,10 @@ METRIC_NOTES = {  # metrics that a table shows only where some run has them, and
     "adjusted AA": "adjusted AA: groups weighted by their shares of each run's training images.",
     "group mean": "group mean: non-empty groups weighted equally.",
 }
-BUDGET_NOTE = "budget: the share of the training images whose confounder labels were kept; 1 where none is stated."
+BUDGET_NOTE = (
+    "budget: the share of the training images whose confounder labels were kept; 1 where none is stated. "
+    "Validation keeps all."
+)
 
 Line = tuple[str, str]  # name, partition
 C = TypeVar("C", bound=Checkpoint)

@@ -19,7 +19,7 @@ LAYERS = [
     ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
     ["downloading", "unpacking"], ["releases"],
-    ["datasets"], ["splits"], ["partitions"], ["loaders"], ["backbones"], ["networks"], ["attribution"],
+    ["datasets"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"], ["attribution"],
     ["similarities"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["cards"], ["lib.reporting"],
     ["run_directory"], ["training"], ["rows"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"],

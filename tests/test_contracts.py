@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from domainbed import algorithms, datasets, hparams_registry, partitions, similarities
+from domainbed import algorithms, datasets, hparams_registry, partitions, registry, similarities
 from domainbed.algorithms.base import Task
 from domainbed.loaders import TrainingLoader
 from domainbed.splits import Split, split_environments, training_splits
@@ -119,6 +119,10 @@ def test_embedded_datasets_keep_the_protocol(name: str) -> None:
         assert 0 <= environment.c.min() <= environment.c.max() < dataset.num_confounders
 
 
+def test_attributes_that_domainbeds_users_read() -> None:
+    assert datasets.SpawriousBenchmark.input_shape == (3, 224, 224)
+
+
 def test_everything_is_imported_by_a_star() -> None:
     names: dict[str, Any] = {}
     exec("from domainbed.algorithms import *", names)
@@ -130,6 +134,8 @@ def test_unknown_names_are_explained() -> None:
         algorithms.get_algorithm_class("GroupDR0")
     with pytest.raises(NotImplementedError, match="dataset not found: DigitsM2N; did you mean DigitsM2M"):
         datasets.get_dataset_class("DigitsM2N")
+    with pytest.raises(NotImplementedError, match="dataset not found: SpawriousBenchmark"):
+        datasets.get_dataset_class("SpawriousBenchmark")
     with pytest.raises(NotImplementedError, match="partition not found: groups; did you mean group"):
         partitions.REGISTRY["groups"]
     with pytest.raises(NotImplementedError, match="algorithm not found: np"):
@@ -140,7 +146,8 @@ def test_names_that_domainbeds_users_import() -> None:
     bodies = "networks torch nn F autograd np copy OrderedDict random_pairs_of_minibatches"  # used by pasted classes
     for name in f"Algorithm ERM IRM AbstractDANN AbstractMMD ALGORITHMS get_algorithm_class {bodies}".split():
         assert hasattr(algorithms, name), name
-    bases = "MultipleDomainDataset MultipleEnvironmentMNIST Debug"
+    bases = "MultipleDomainDataset MultipleEnvironmentMNIST MultipleEnvironmentImageFolder Debug WILDSDataset "
+    bases += "WILDSEnvironment SpawriousBenchmark CustomImageFolder " + " ".join(registry.order("datasets"))
     for name in f"DATASETS get_dataset_class num_environments ColoredMNIST {bases}".split():
         assert hasattr(datasets, name), name
 

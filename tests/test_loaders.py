@@ -251,3 +251,15 @@ def test_groups_without_any_annotation_are_refused() -> None:
     hidden = [dataclasses.replace(split, annotated=np.zeros(len(split), dtype=bool)) for split in splits()]
     with pytest.raises(ValueError, match="the annotation budget leaves none"):
         TrainingLoader(hidden, partitions.REGISTRY["group"], 12, num_confounders=3)
+
+
+def test_ways_of_reading_are_not_mixed() -> None:
+    both = ConcatDataset([Late(environment(10, 0)), environment(10, 0)])
+    with pytest.raises(ValueError, match="mix image files with images in memory"):
+        next(evaluation_batches(both, np.array([3, 1])))
+
+
+def test_a_step_is_as_large_when_a_budget_empties_an_environment() -> None:
+    options = {"partition": partitions.REGISTRY["random"], "batch_size": 12, "num_confounders": 3}
+    whole, rest = TrainingLoader(splits(), **options), TrainingLoader(splits()[:1], **options, num_environments=2)
+    assert [len(next(iter(loader_))[0][0]) for loader_ in (whole, rest)] == [24, 24]

@@ -370,7 +370,8 @@ class TestGroupTables:
         _, title, _, note, *lines = tables.group_tables(records).split("\n\n")[0].split("\n")
         assert "WGA" in title
         assert note == (
-            "budget: the share of the training images whose confounder labels were kept; 1 where none is stated."
+            "budget: the share of the training images whose confounder labels were kept; 1 where none is stated. "
+            "Validation keeps all."
         )
         assert [line.split("  ")[0] for line in lines[1:]] == ["ERM budget=0.05", "GroupDRO budget=0.05"]
         (first, *_), algorithms = for_domainbed(records)

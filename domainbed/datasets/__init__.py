@@ -17,16 +17,20 @@ def get_dataset_class(dataset_name: str) -> type[MultipleDomainDataset]:
     """The dataset class of that name: registered, or set on this module from outside, or made of that CSV file.
 
     Raises:
-        NotImplementedError: no such dataset.
+        NotImplementedError: no such dataset; a mere base of registered datasets is none.
         FileNotFoundError, ValueError: the CSV file is missing, or holds no dataset.
     """
     if registry.is_file(dataset_name):
         return manifest.from_file(dataset_name)
     found = globals().get(dataset_name)
-    if isinstance(found, type) and getattr(found, "ENVIRONMENTS", None):
+    if isinstance(found, type) and getattr(found, "ENVIRONMENTS", None) and not _is_mere_base(found):
         return found
     dataset: type[MultipleDomainDataset] = REGISTRY[dataset_name]
     return dataset
+
+
+def _is_mere_base(found: type) -> bool:
+    return found.__name__ not in REGISTRY and any(issubclass(cls, found) for _, cls in REGISTRY.items())
 
 
 find = get_dataset_class  # the name under which registry.attribute asks

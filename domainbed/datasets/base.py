@@ -1,8 +1,8 @@
 """What every dataset shares: environments, labels and confounders known before any image is opened, splits."""
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from domainbed import input_pipelines
 from domainbed.images import Images
 from domainbed.lib import misc
 from domainbed.lib.misc import known_array
+from domainbed.messages import listed
 from domainbed.registry import Registry
 
 # DomainBed's datasets in its order, with the names of their environments: the tables of its sweeps can be printed
@@ -105,6 +106,24 @@ class MultipleDomainDataset:
         names = (self.CLASSES[y] if self.CLASSES else f"y={y}", self.CONFOUNDERS[c] if self.CONFOUNDERS else f"c={c}")
         return ", ".join(names)
 
+    def check_arrays(self) -> None:
+        """Looks at the labels and confounders that are known without opening an image.
+
+        Raises:
+            ValueError: some are out of range; groups would be mixed up.
+        """
+        problems = []
+        for e, environment in enumerate(self):
+            for name, most in (("y", self.num_classes), ("c", len(self.CONFOUNDERS) or None)):
+                values = known_array(environment, name)
+                if values is None or most is None:
+                    continue
+                for key in np.flatnonzero((values < 0) | (values >= most)):
+                    problems.append(f"environment {e}, image {key}: {name} is {values[key]}, allowed: 0 to {most - 1}")
+        if problems:
+            head = f"{type(self).__name__}: {len(problems)} labels or confounders are out of range; mend the arrays, "
+            raise ValueError(listed(f"{head}num_classes or CONFOUNDERS:", problems))
+
     def use_input_pipeline(self, name: str) -> None:
         """Reads the images of all environments by the pipeline of that name, after having checked their files.
 
@@ -168,7 +187,12 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
         c: confounder values (N,) in [0, V); None: not known.
         augment: training draws random crops, flips and colours.
         split_units: (N,) which original an image was made from; images of one unit never part in a split.
+
+    Attributes:
+        transform: PIL image -> tensor, in place of the pipeline where a subclass of DomainBed's datasets sets one.
     """
+
+    transform: Callable[[Any], Tensor] | None = None
 
     def __init__(
         self,
@@ -199,10 +223,14 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
 
     def read(self, key: int, rng: np.random.Generator | None = None) -> Any:
         """The image in its pipeline's compact form; augmented by draws from ``rng`` if this environment augments."""
+        if self.transform is not None:
+            return self.transform(self.images.open(int(self.positions[key])))
         return self.pipeline.read(int(self.positions[key]), rng if self.augment else None)
 
     def finish(self, batch: Any) -> Tensor:
         """Collated compact images -> (B, 3, size, size) float32, normalised, on the device on which they are."""
+        if self.transform is not None:
+            return cast(Tensor, batch)
         finished: Tensor = self.pipeline.finish(batch)
         return finished
 

@@ -161,6 +161,7 @@ class SpawriousBenchmark(MultipleDomainDataset):
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
     PUBLISHED_COUNTS = {"Test": 25344, "SC_group_1": 12672, "SC_group_2": 12672}
     IMAGES: ClassVar[int] = 3168
+    input_shape: tuple[int, ...] = (3, 224, 224)
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
 import argparse
-import logging
 import math
 import platform
 import random
@@ -21,6 +20,7 @@ from domainbed import (
     datasets,
     hparams_registry,
     input_pipelines,
+    notices,
     overrides,
     partitions,
     records,
@@ -31,13 +31,12 @@ from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
+from domainbed.datasets.base import MultipleDomainDataset
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.seeding import seed_hash
 from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
-
-logger = logging.getLogger(__name__)
 
 DOMAINBED_FLAGS = (
     "data_dir", "dataset", "algorithm", "task", "hparams", "hparams_seed", "trial_seed", "seed", "steps",
@@ -219,16 +218,17 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
         raise ValueError(f"--keep_best needs groups and validation images; {args['dataset']} as split here lacks them")
 
     trained = training_splits(dataset, splits, test_envs)
-    report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    known = annotated(trained, args)
-    report_not_annotated(dataset, trained, known)
-    minibatches = build_loader(known, args["partition"], dataset, args, hparams)
+    notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
+    known = annotated(dataset, trained, args)
+    minibatches = build_loader(known, args["partition"], dataset, args, hparams, len(trained))
+    if sum(len(part.positions) for part in minibatches.parts) < sum(map(len, trained)):
+        notices.report_not_annotated(dataset, trained, known)
     unlabeled = None
     if args["task"] == "domain_adaptation":
         uda = [split for split in splits if split.kind == "uda"]
         if not uda:
             raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
-        unlabeled = build_loader(uda, "environment", dataset, args, hparams)
+        unlabeled = build_loader(uda, "environment", dataset, args, hparams, len(uda))
     counts = minibatches.group_counts(dataset.num_classes)
     shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
     task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts)
@@ -240,42 +240,26 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device())
 
 
-def annotated(trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
+def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
     """The training splits within the annotation budget; an algorithm that reads confounders gets no other images.
 
     Raises:
-        ValueError: the budget is no share, or leaves nothing to such an algorithm.
+        ValueError: the budget is no share, there is nothing to annotate, or it leaves such an algorithm less than two
+            confounder values.
     """
     budget = args["annotation_budget"]
+    if budget != 1 and dataset.num_confounders < 2:
+        raise ValueError(f"--annotation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
     splits = annotate(trained, budget, args["trial_seed"])
     if not getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False):
         return splits
     known = [split for split in map(Split.only_annotated, splits) if len(split)]
-    if not known:
+    if len({c for split in known for c in np.unique(split.c)}) < 2:
         raise ValueError(
-            f"{args['algorithm']} learns from confounder labels, and --annotation_budget {budget} leaves none; raise it"
+            f"{args['algorithm']} learns from confounder labels and needs two values of them; the training images have "
+            f"fewer within --annotation_budget {budget}; raise it, or take other --test_envs"
         )
     return known
-
-
-def counts_of(dataset: Any, splits: Sequence[Split]) -> np.ndarray:
-    return np.asarray(group_counts(splits, dataset.num_classes, dataset.num_confounders))
-
-
-def report_unseen(dataset: Any, trained: Sequence[Split], tested: Sequence[Split]) -> None:
-    """Logs the groups of the test environments that training never shows."""
-    shown, asked = (counts_of(dataset, splits) for splits in (trained, tested))
-    if len(unseen := np.flatnonzero((asked > 0) & (shown == 0))):
-        names = "; ".join(map(dataset.group_name, unseen.tolist()))
-        logger.info("%d of %d test groups never occur in training: %s", len(unseen), (asked > 0).sum(), names)
-
-
-def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
-    """Warns of groups of the training images of which the budget annotates none: no partition can draw them."""
-    present, annotated = (counts_of(dataset, splits) for splits in (trained, known))
-    if len(lost := np.flatnonzero((present > 0) & (annotated == 0))):
-        names = "; ".join(map(dataset.group_name, lost.tolist()))
-        logger.warning("the annotation budget leaves no image of %d training group(s): %s", len(lost), names)
 
 
 def build_plan(
@@ -309,11 +293,20 @@ def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
     given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None}
     if refused := given.keys() - set(dataset_class.OPTIONS):
         raise ValueError(f"{args['dataset']} leaves no choice of --{', --'.join(sorted(refused))}; leave it out")
-    return dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
+    dataset = dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
+    if isinstance(dataset, MultipleDomainDataset):  # DomainBed asks no such thing of a dataset
+        dataset.check_arrays()
+        notices.report_release(dataset)
+    return dataset
 
 
 def build_loader(
-    splits: Sequence[Split], partition: str, dataset: Any, args: dict[str, Any], hparams: dict[str, Any]
+    splits: Sequence[Split],
+    partition: str,
+    dataset: Any,
+    args: dict[str, Any],
+    hparams: dict[str, Any],
+    num_environments: int,
 ) -> TrainingLoader:
     return TrainingLoader(
         splits,
@@ -324,6 +317,7 @@ def build_loader(
         hparams["class_balanced"],
         dataset.N_WORKERS,
         device(),
+        num_environments,
     )
 
 

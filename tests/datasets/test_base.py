@@ -266,3 +266,10 @@ def test_what_training_may_know() -> None:
 def test_impossible_budgets(budget: float) -> None:
     with pytest.raises(ValueError, match="--annotation_budget"):
         annotate([], budget)
+
+
+def test_a_transform_that_somebody_sets_replaces_the_pipeline(pool: Images) -> None:
+    environment = ImageEnvironment(pool, [5, 0], [1, 0], augment=True)
+    environment.transform = lambda image: torch.tensor(float(np.asarray(image).max()))
+    assert environment[0] == (200.0, 1)
+    assert environment.finish(torch.stack([environment.read(key) for key in range(2)])).tolist() == [200.0, 0.0]

@@ -11,6 +11,7 @@ import torch
 
 from domainbed import algorithms, datasets
 from domainbed.algorithms.base import Task
+from domainbed.datasets.debug import Debug28
 from domainbed.scripts import BadInput, train
 
 QUICK = [
@@ -276,11 +277,59 @@ def test_within_a_budget_only_annotated_images_have_a_confounder(
 
 
 def test_groups_that_the_budget_hides_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    flags = ["--dataset", "DigitsSubpop", "--partition", "group", "--eval_splits", "selection"]
-    run(tmp_path / "all", *flags)
+    flags = ["--dataset", "DigitsSubpop", "--eval_splits", "selection"]
+    run(tmp_path / "all", *flags, "--partition", "group")
+    run(tmp_path / "mixed", *flags, "--annotation_budget", "0.003")  # all are drawn
     assert "annotation budget" not in caplog.text
-    run(tmp_path / "few", *flags, "--annotation_budget", "0.003")
+    run(tmp_path / "few", *flags, "--partition", "group", "--annotation_budget", "0.003")
     assert "the annotation budget leaves no image of 1 training group(s): 8, brick" in caplog.text
+
+
+class Broken(Debug28):
+    """Debug28 with something wrong, named by the hparam."""
+
+    def __init__(self, root: str | None, test_envs: Any, hparams: dict[str, Any]):
+        super().__init__(root, test_envs, hparams)
+        environment = self.datasets[1]
+        match hparams["data_seed"]:
+            case 1:
+                environment.c[[3, 5]] = 2
+            case 2:
+                environment.y[4] = -1
+            case 3:
+                self.CONFOUNDERS = ()
+            case 4:
+                self.datasets[1].c[:] = self.datasets[2].c[:] = 1
+
+    HPARAMS = {"data_seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "flags", "message"),
+    [
+        (1, [], r"2 labels or confounders(.|\n)*environment 1, image 3: c is 2, allowed: 0 to 1\n.*image 5"),
+        (2, [], r"environment 1, image 4: y is -1, allowed: 0 to 1"),
+        (3, ["--annotation_budget", "0.5"], "Broken knows no confounder"),
+        (4, ["--partition", "group"], "partition group: the confounder is 1 in all annotated training images"),
+        (4, ["--algorithm", "EX2L_MAE", "--partition", "random"], "needs two values of them"),
+    ],
+)
+def test_arrays_that_make_no_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, flags: list[str], message: str
+) -> None:
+    monkeypatch.setattr(datasets, "Broken", Broken, raising=False)
+    hparams = json.dumps({"backbone": "small_cnn", "batch_size": 4, "data_seed": wrong})
+    with pytest.raises(BadInput, match=message):
+        run(tmp_path, "--dataset", "Broken", "--hparams", hparams, *flags)
+
+
+def test_a_release_of_another_size_is_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets, "Broken", Broken, raising=False)
+    monkeypatch.setattr(Broken, "PUBLISHED_COUNTS", {"0": 16, "2": (10, 8), "all": 48})
+    run(tmp_path, "--dataset", "Broken")
+    assert "Broken is not the official release here: 2: 16 images, 18 published" in caplog.text
 
 
 def test_test_groups_that_training_never_shows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,47 @@
+"""What a user should know of the data before training starts, as log messages."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from domainbed.datasets.base import Integers, MultipleDomainDataset
+from domainbed.loaders import group_counts
+from domainbed.splits import Split
+
+logger = logging.getLogger(__name__)
+
+
+def report_release(dataset: MultipleDomainDataset) -> None:
+    """Warns if there are more or fewer images than the official release is known to have."""
+    sizes = dict(zip(dataset.ENVIRONMENTS or (), map(len, dataset), strict=False)) | {"all": sum(map(len, dataset))}
+    sizes |= {name: int(np.sum(counts)) for name, counts in getattr(dataset, "split_counts", {}).items()}
+    published = {name: int(np.sum(counts)) for name, counts in dataset.PUBLISHED_COUNTS.items() if name in sizes}
+    differing = [f"{name}: {sizes[name]} images, {n} published" for name, n in published.items() if sizes[name] != n]
+    if differing:
+        logger.warning("%s is not the official release here: %s", type(dataset).__name__, "; ".join(differing))
+
+
+def report_unseen(dataset: Any, trained: Sequence[Split], tested: Sequence[Split]) -> None:
+    """Says which groups of the test environments training never shows."""
+    shown, asked = (_counts(dataset, splits) for splits in (trained, tested))
+    if len(unseen := np.flatnonzero((asked > 0) & (shown == 0))):
+        names = _names(dataset, unseen)
+        logger.info("%d of %d test groups never occur in training: %s", len(unseen), (asked > 0).sum(), names)
+
+
+def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
+    """Warns of groups of the training images of which the budget annotates none, and which are thus never drawn."""
+    present, annotated = (_counts(dataset, splits) for splits in (trained, known))
+    if len(lost := np.flatnonzero((present > 0) & (annotated == 0))):
+        names = _names(dataset, lost)
+        logger.warning("the annotation budget leaves no image of %d training group(s): %s", len(lost), names)
+
+
+def _counts(dataset: Any, splits: Sequence[Split]) -> Integers:
+    return np.asarray(group_counts(splits, dataset.num_classes, dataset.num_confounders), dtype=np.int64)
+
+
+def _names(dataset: Any, groups: Integers) -> str:
+    return "; ".join(map(dataset.group_name, groups.tolist()))
