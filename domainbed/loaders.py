@@ -227,7 +227,13 @@ class TrainingLoader:
 def _opened(items: _Items, num_workers: int, device: torch.device | str, **order: Any) -> DataLoader[Any]:
     """The loader of items; its generator is its own, so that opening images draws nothing from torch's global one."""
     cuda = torch.device(device).type == "cuda"
-    return DataLoader(items, num_workers=workers(num_workers), pin_memory=cuda, generator=torch.Generator(), **order)
+    return DataLoader(
+        items,
+        num_workers=workers(num_workers),
+        pin_memory=cuda,
+        generator=torch.Generator().manual_seed(items.seed),
+        **order,
+    )
 
 
 def evaluation_batches(
