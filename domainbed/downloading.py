@@ -36,7 +36,8 @@ class Archive:
 
     Args:
         name: of the file; its suffix says how it is unpacked.
-        urls: where it is, tried in this order; the checksum decides whether a copy will do.
+        urls: where it is, tried in this order (what has begun goes on first); the checksum decides whether a copy will
+            do.
         size: bytes, as published.
         about: bytes, roughly, where no exact size is published.
         checksums: "algorithm:hexadecimal digits" as published, whole or their beginning; any one of them has to fit.
@@ -53,8 +54,7 @@ class Archive:
 
 def bytes_there(archive: Archive, folder: Path) -> int:
     """How much of an archive is in the folder, finished or not."""
-    files = [folder / archive.name, *folder.glob(f"{archive.name}{PARTIAL}*")]  # gdown adds to the name
-    return sum(_size(file) for file in files if not file.name.endswith(TAG))
+    return _size(folder / archive.name) + _bytes_so_far(folder / (archive.name + PARTIAL))
 
 
 def silent(have: int, total: int | None) -> None:
@@ -77,8 +77,8 @@ def obtain(archive: Archive, folder: Path, progress: Progress = silent, pause: P
         except Unavailable as error:
             raise ValueError(f"{path} is not the archive ({error}); delete or replace it") from error
         return path
-    problems = []
-    for url in archive.urls:
+    problems, (begun, _) = [], _begun(partial)
+    for url in sorted(archive.urls, key=lambda url: url != begun):  # stable
         try:
             announced = fetch(url, partial, progress, pause)
             digest = verify(partial, archive, announced)
@@ -145,32 +145,31 @@ def fetch(url: str, partial: Path, progress: Progress = silent, pause: Pause = t
         Unavailable: no such file, or a web page in its place.
         ConnectionError: ATTEMPTS in a row broke without bringing a byte.
     """
-    if _on_google_drive(url):
-        _fetch_from_google_drive(url, partial, progress)
-        return None
+    request = _request_from_google_drive if _on_google_drive(url) else _request
     failures = 0
     while True:
-        before = _size(partial)
+        before = _bytes_so_far(partial)
         try:
-            return _request(url, partial, progress)
+            return request(url, partial, progress)
         except _BROKEN as error:
-            failures = 1 if _size(partial) > before else failures + 1
+            have = _bytes_so_far(partial)
+            failures = 1 if have > before else failures + 1
             if failures == ATTEMPTS:
-                have = _size(partial)
                 if not have:
                     raise Unavailable(f"no answer after {ATTEMPTS} attempts ({error})") from error
                 raise ConnectionError(
-                    f"{url} broke off ({error}); run this again to go on from byte {have:,}"
+                    f"{url} broke off ({error}); run this again to go on from byte {have:,}, or delete {partial}* to "
+                    "start over"
                 ) from error
             _log.warning("%s broke off (%s); attempt %d of %d", url, error, failures + 1, ATTEMPTS)
             pause(2.0**failures)
 
 
 def _request(url: str, partial: Path, progress: Progress) -> str | None:
-    have, tag = _size(partial), _beside(partial, TAG, PARTIAL)
+    have, (begun, version) = _size(partial), _begun(partial)
     headers = {"User-Agent": "domainbed-download", "Accept-Encoding": "identity"}
-    if have and tag.exists():
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
+    if have and version and begun == url:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
@@ -180,7 +179,7 @@ def _request(url: str, partial: Path, progress: Progress) -> str | None:
                     return _announced(error.headers)  # all of it came last time
                 _discard(partial)
                 raise ConnectionError("the partial file doesn't fit; starting over") from error
-            if error.code < 500 and error.code not in (408, 429):
+            if _final(error.code):
                 raise Unavailable(f"HTTP {error.code} {error.reason}") from error
         raise
     with response:
@@ -190,7 +189,7 @@ def _request(url: str, partial: Path, progress: Progress) -> str | None:
         have = have if resumed else 0
         total = _total(response.headers, have)
         with partial.open("ab" if resumed else "wb") as file:
-            _remember(response.headers, tag)
+            _remember(partial, url, _version(response.headers))
             while block := response.read(BLOCK):
                 file.write(block)
                 have += len(block)
@@ -212,14 +211,26 @@ def _total(headers: Message, start: int) -> int | None:
     return None if total == "*" else int(total)
 
 
-def _remember(headers: Message, tag: Path) -> None:
-    """Keeps what names this version of the file; a weak ETag can't prove that bytes are the same."""
-    etag = headers.get("ETag", "")
-    value = etag if etag.startswith('"') else headers.get("Last-Modified")
-    if value:
-        tag.write_text(value, encoding="utf-8")
-    else:
-        tag.unlink(missing_ok=True)
+def _version(headers: Message) -> str:
+    """What names this version of the file; a weak ETag can't prove that bytes are the same."""
+    etag: str = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
+
+
+def _remember(partial: Path, url: str, version: str = "") -> None:
+    _beside(partial, TAG, PARTIAL).write_text(f"{url}\n{version}", encoding="utf-8")
+
+
+def _begun(partial: Path) -> tuple[str, str]:
+    """The address from which the partial file is, and its version there; "" where that is not known."""
+    tag = _beside(partial, TAG, PARTIAL)
+    url, _, version = (tag.read_text(encoding="utf-8") if tag.exists() else "").partition("\n")
+    return url, version
+
+
+def _final(status: int) -> bool:
+    """Whether an HTTP error will be the same the next time."""
+    return 0 < status < 500 and status not in (408, 429)
 
 
 def _announced(headers: Message) -> str | None:
@@ -236,7 +247,7 @@ def _on_google_drive(url: str) -> bool:
     return urllib.parse.urlsplit(url).hostname == "drive.google.com"
 
 
-def _fetch_from_google_drive(url: str, partial: Path, progress: Progress) -> None:
+def _request_from_google_drive(url: str, partial: Path, progress: Progress) -> None:
     try:
         import gdown
     except ImportError as error:
@@ -245,10 +256,19 @@ def _fetch_from_google_drive(url: str, partial: Path, progress: Progress) -> Non
             f"files on Google Drive need gdown: pip install domainbed-ex2l[data]; or open {url} in a browser and save "
             f"it as {place}"
         ) from error
+    if _begun(partial)[0] != url:
+        _discard(partial)  # gdown would go on with what is there, whatever it is
+        _remember(partial, url)
     try:
-        gdown.download(url=url, output=str(partial), quiet=True, resume=True, progress=progress)
+        gdown.download(url=url, output=str(partial), quiet=True, resume=True, progress=progress, timeout=TIMEOUT_S)
     except (gdown.exceptions.DownloadError, OSError) as error:
-        raise Unavailable(f"Google Drive: {' '.join(str(error).split())}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; those of requests, which gdown uses, have no number
+        told = f"Google Drive: {' '.join(str(error).split())}"
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if isinstance(error, gdown.exceptions.FileURLRetrievalError) or _final(status):
+            raise Unavailable(told) from error
+        raise ConnectionError(told) from error
 
 
 def _refuse_web_page(path: Path) -> None:
@@ -280,6 +300,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def _parts(partial: Path) -> list[Path]:
+    """What there is of a partial file; gdown adds to its name."""
+    return [file for file in partial.parent.glob(f"{partial.name}*") if not file.name.endswith(TAG)]
+
+
+def _bytes_so_far(partial: Path) -> int:
+    return sum(map(_size, _parts(partial)))
+
+
 def _discard(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _beside(partial, TAG, PARTIAL).unlink(missing_ok=True)
+    for file in (*_parts(partial), _beside(partial, TAG, PARTIAL)):
+        file.unlink(missing_ok=True)

@@ -1,10 +1,15 @@
+import errno
 import hashlib
+import inspect
+import re
 import sys
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from domainbed import downloading
 from domainbed.downloading import Archive, Unavailable, fetch, forget, obtain, verify
@@ -20,11 +25,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.headers, self.ranges = CONTENT, {"ETag": '"one"'}, True
-        self.cuts, self.statuses = (
-            [],
-            [],
-        )  # per request: bytes after which the connection ends; status instead of an answer
-        self.asked = []  # the Range of each request
+        self.cuts, self.statuses = [], []  # per request: bytes until the connection ends; status instead of an answer
+        self.asked, self.paths = [], []  # the Range of each request, and what it was for
         self.url = f"http://127.0.0.1:{self.server_port}/data.zip"
 
     def handle_error(self, request, client_address):
@@ -35,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range")
         server.asked.append(wanted)
+        server.paths.append(self.path)
         if server.statuses and (status := server.statuses.pop(0)) != 200:
             return self.send_error(status)
         tags = {server.headers.get("ETag"), server.headers.get("Last-Modified")}
@@ -129,6 +132,13 @@ class TestFetch:
         get(server, tmp_path / "part", pauses)
         assert server.asked == [None, "bytes=300000-"]
 
+    def test_asks_for_no_range_of_what_another_address_began(self, server, tmp_path, pauses):
+        server.cuts = [300_000, *[0] * (downloading.ATTEMPTS - 1)]
+        with pytest.raises(ConnectionError):
+            get(server, tmp_path / "part", pauses)
+        fetch(server.url + "?copy", tmp_path / "part")
+        assert server.asked[-1] is None
+
     def test_a_partial_file_that_is_whole_is_kept(self, server, tmp_path, pauses):
         get(server, tmp_path / "part", pauses)
         get(server, tmp_path / "part", pauses)
@@ -206,6 +216,14 @@ class TestObtain:
             obtain(self.archive(server.url, "http://127.0.0.1:1/"), tmp_path, pause=lambda seconds: None)
         assert (tmp_path / "data.zip.partial").stat().st_size == 300_000
 
+    def test_goes_on_in_a_later_call_at_the_address_where_it_began(self, server, tmp_path):
+        archive = self.archive(server.url, server.url + "?copy")
+        server.statuses, server.cuts = [404], [300_000, *[0] * (downloading.ATTEMPTS - 1)]
+        with pytest.raises(ConnectionError, match=r"\?copy broke off .*go on from byte 300,000"):
+            obtain(archive, tmp_path, pause=lambda seconds: None)
+        assert obtain(archive, tmp_path).read_bytes() == CONTENT
+        assert (server.asked[-1], server.paths[-1]) == ("bytes=300000-", "/data.zip?copy")
+
     def test_without_a_published_checksum_the_last_download_counts(self, server, tmp_path):
         obtain(self.archive(server.url, checksums=()), tmp_path).unlink()
         server.content, server.headers = CONTENT[::-1], {}
@@ -253,40 +271,134 @@ class TestVerify:
 
 
 class TestGoogleDrive:
-    URL = "https://drive.google.com/uc?id=abc"
+    URL, COPY = "https://drive.google.com/uc?id=abc", "https://drive.google.com/uc?id=def"
 
     @pytest.fixture
     def gdown(self, monkeypatch):
-        """A stand-in that writes what its attribute says, or fails."""
+        """A stand-in that writes its ``content`` as gdown does, after failing once for each of its ``failures``."""
         module = types.ModuleType("gdown")
-        module.exceptions = types.SimpleNamespace(DownloadError=type("DownloadError", (Exception,), {}))
-        module.content, module.asked = CONTENT, []
+        error = type("DownloadError", (Exception,), {})
+        gone = type("FileURLRetrievalError", (error,), {})
+        module.exceptions = types.SimpleNamespace(DownloadError=error, FileURLRetrievalError=gone)
+        module.content, module.failures, module.calls = CONTENT, [], []
 
-        def download(url, output, **options):
-            module.asked.append((url, options["resume"]))
-            if module.content is None:
-                raise module.exceptions.DownloadError("Too many users have viewed\nthis file")
-            with open(output, "wb") as file:
-                file.write(module.content)
+        def download(**options):
+            module.calls.append(options)
+            output = Path(options["output"])
+            part = next(output.parent.glob(f"{output.name}*.part"), output.with_name(f"{output.name}a1b2c3d4.part"))
+            have = part.stat().st_size if part.exists() else 0
+            failure = module.failures.pop(0) if module.failures else None
+            with part.open("ab") as file:
+                file.write(module.content[have:] if failure is None else module.content[have : have + 1000])
+            if failure is not None:
+                raise failure
+            part.rename(output)
 
         module.download = download
         monkeypatch.setitem(sys.modules, "gdown", module)
         return module
 
-    def test_goes_through_gdown(self, gdown, tmp_path):
-        assert obtain(Archive("a.zip", (self.URL,)), tmp_path).read_bytes() == CONTENT
-        assert gdown.asked == [(self.URL, True)]
+    @pytest.fixture
+    def real(self):
+        return pytest.importorskip("gdown")
 
-    def test_a_quota_is_reported(self, gdown, tmp_path):
-        gdown.content = None
+    def archive(self, *urls, content=CONTENT):
+        return Archive("a.zip", urls, checksums=(f"md5:{hashlib.md5(content).hexdigest()}",))
+
+    def test_goes_through_gdown(self, gdown, tmp_path):
+        assert obtain(self.archive(self.URL), tmp_path).read_bytes() == CONTENT
+        assert [(call["url"], call["resume"]) for call in gdown.calls] == [(self.URL, True)]
+        assert {file.name for file in tmp_path.iterdir()} == {"a.zip", "a.zip.sha256"}
+
+    def test_calls_gdown_as_it_is(self, real, gdown, tmp_path):
+        obtain(self.archive(self.URL), tmp_path)
+        inspect.signature(real.download).bind(**gdown.calls[0])
+        assert issubclass(real.exceptions.FileURLRetrievalError, real.exceptions.DownloadError)
+
+    def test_no_gdown_is_allowed_that_lacks_what_is_used(self):
+        setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
+        allowed = Requirement(re.search(r'"(gdown[^"]*)"', setup)[1]).specifier
+        assert list(allowed.filter(["5.2.0", "6.0.0", "6.2.0", "6.3.0", "6.5.1"])) == ["6.3.0", "6.5.1"]
+
+    @pytest.mark.parametrize("kind", [OSError, "DownloadError"])
+    def test_a_broken_connection_is_tried_again_at_the_same_address(self, gdown, tmp_path, pauses, kind):
+        error = kind if kind is OSError else gdown.exceptions.DownloadError
+        gdown.failures = [error("connection\nlost"), error("connection lost")]
+        path = obtain(self.archive(self.URL, self.COPY), tmp_path, pause=pauses.append)
+        assert path.read_bytes() == CONTENT
+        assert [call["url"] for call in gdown.calls] == [self.URL] * 3
+        assert pauses == [2, 2]  # progress resets the wait
+
+    def test_goes_on_in_a_later_call_even_at_the_second_address(self, gdown, tmp_path, pauses):
+        gone, lost = gdown.exceptions.FileURLRetrievalError("no such file"), OSError("lost")
+        gdown.failures = [gone, *[lost] * downloading.ATTEMPTS]
+        gdown.content = CONTENT[:1000]  # no progress after the first kilobyte
+        with pytest.raises(ConnectionError, match=r"Google Drive: lost.*go on from byte 1,000, or delete .*partial\*"):
+            obtain(self.archive(self.URL, self.COPY), tmp_path, pause=pauses.append)
+        assert pauses == [2, 4, 8, 16]
+        gdown.content, gdown.calls = CONTENT, []
+        assert obtain(self.archive(self.URL, self.COPY), tmp_path).read_bytes() == CONTENT
+        assert [call["url"] for call in gdown.calls] == [self.COPY]
+
+    def test_another_address_starts_over(self, gdown, tmp_path):
+        gdown.content = b"another file" + CONTENT
+        obtained = gdown.download
+
+        def download(**options):
+            if options["url"] == self.COPY:
+                gdown.content = CONTENT
+            obtained(**options)
+
+        gdown.download = download
+        gdown.failures = [gdown.exceptions.FileURLRetrievalError("too many users")]  # after a kilobyte
+        assert obtain(self.archive(self.URL, self.COPY), tmp_path).read_bytes() == CONTENT
+        assert {file.name for file in tmp_path.iterdir()} == {"a.zip", "a.zip.sha256"}
+
+    def test_what_is_there_from_another_address_is_not_gone_on_with(self, gdown, tmp_path):
+        (tmp_path / "a.zip.partialz9z9z9z9.part").write_bytes(b"something else")
+        (tmp_path / "a.zip.partial.tag").write_text("https://example.org/\n")
+        assert obtain(self.archive(self.URL), tmp_path).read_bytes() == CONTENT
+
+    def test_no_answer_at_all_leads_to_the_next_address(self, gdown, tmp_path, pauses):
+        gdown.content, gdown.failures = b"", [OSError("refused")] * downloading.ATTEMPTS
+        with pytest.raises(FileNotFoundError, match="no answer after 5 attempts"):
+            obtain(self.archive(self.URL), tmp_path, pause=pauses.append)
+
+    def test_what_the_server_refuses_is_not_tried_again(self, gdown, tmp_path, pauses):
+        refused = OSError("404 Client Error")
+        refused.response = types.SimpleNamespace(status_code=404)
+        gdown.failures = [refused]
+        obtain(self.archive(self.URL, self.COPY), tmp_path, pause=pauses.append)
+        assert [call["url"] for call in gdown.calls] == [self.URL, self.COPY]
+        assert pauses == []
+
+    def test_a_full_disk_is_not_the_networks_fault(self, gdown, tmp_path):
+        gdown.failures = [OSError(errno.ENOSPC, "No space left on device")]
+        with pytest.raises(OSError, match="No space left"):
+            obtain(self.archive(self.URL, self.COPY), tmp_path)
+        assert len(gdown.calls) == 1
+
+    def test_a_quota_is_reported(self, gdown, tmp_path, pauses):
+        gdown.failures = [gdown.exceptions.FileURLRetrievalError("Too many users have viewed\nthis file")]
         with pytest.raises(FileNotFoundError, match="Too many users have viewed this file"):
-            obtain(Archive("a.zip", (self.URL,)), tmp_path)
+            obtain(self.archive(self.URL), tmp_path, pause=pauses.append)
+        assert pauses == []
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_quota_page_is_not_kept(self, gdown, tmp_path):
         gdown.content = b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title>"
         with pytest.raises(FileNotFoundError, match="web page"):
-            obtain(Archive("a.zip", (self.URL,)), tmp_path)
+            obtain(self.archive(self.URL), tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_real_gdown_goes_on_where_a_connection_broke(self, real, server, tmp_path, pauses, monkeypatch):
+        monkeypatch.setattr(downloading, "_on_google_drive", lambda url: True)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))  # gdown's cookies
+        server.cuts = [700_000]
+        path = obtain(self.archive(server.url), tmp_path, pause=pauses.append)
+        assert path.read_bytes() == CONTENT
+        assert pauses == [2]
+        assert any(server.asked)
 
     def test_without_gdown_it_says_how_to_get_it(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "gdown", None)

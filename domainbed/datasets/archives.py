@@ -1,5 +1,6 @@
 """Where the files of each dataset come from, and how they are put into the folders that the dataset reads.
 
+What the dataset itself knows (its folder, what is in it, the published numbers of images) is taken from its class.
 Sizes and checksums are copied from where ``source`` says; a prefix of a checksum is what that source gives. Sizes that
 WILDS states are disk usage, so they count as rough. Where nothing is published, the table says so.
 """
@@ -8,10 +9,15 @@ import csv
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from domainbed.datasets.celeba import CelebA
+from domainbed.datasets.composed import ComposedDataset
+from domainbed.datasets.image_folder import PACS, SVIRO, VLCS, DomainNet, NamedImageFolder, OfficeHome, TerraIncognita
+from domainbed.datasets.spawrious import SpawriousBenchmark
+from domainbed.datasets.waterbirds import Waterbirds
 from domainbed.downloading import Archive
 from domainbed.releases import Release
 
@@ -24,10 +30,6 @@ _WILDS_GONE = (
     "users report that CodaLab, the only host, fails since June 2025 (github.com/p-lambda/wilds/issues/171, 174, 175); "
     "copy {} from someone who has it"
 )
-
-LOCATIONS = ("38", "43", "46", "100")
-ANIMALS = ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon", "squirrel")
-DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 
 def sort_camera_traps(unpacked: Path) -> None:
@@ -46,7 +48,7 @@ def sort_camera_traps(unpacked: Path) -> None:
             missing.append(file_name)
             continue
         for name in classes:
-            folder = root / f"location_{location}" / name
+            folder = root / location / name
             folder.mkdir(parents=True, exist_ok=True)
             (shutil.move if name == classes[-1] else shutil.copyfile)(source, folder / file_name)
     if missing:
@@ -56,7 +58,7 @@ def sort_camera_traps(unpacked: Path) -> None:
 
 
 def _annotated(files: list[Path]) -> Iterator[tuple[str, str, list[str]]]:
-    """File name, location and classes of each image that belongs to the dataset."""
+    """File name, folder and classes of each image that belongs to the dataset."""
     categories: dict[Any, str] = {}
     images: dict[Any, dict[str, Any]] = {}
     labels = defaultdict(set)
@@ -67,9 +69,10 @@ def _annotated(files: list[Path]) -> Iterator[tuple[str, str, list[str]]]:
         for annotation in content["annotations"]:
             labels[annotation["image_id"]].add(annotation["category_id"])
     for key, image in images.items():
-        classes = sorted({categories[label] for label in labels[key]} & set(ANIMALS))
-        if classes and str(image["location"]) in LOCATIONS:  # a number in some files, a string in others
-            yield image["file_name"], str(image["location"]), classes
+        classes = sorted({categories[label] for label in labels[key]} & set(TerraIncognita.CLASSES))
+        location = f"location_{image['location']}"  # a number in some files, a string in others
+        if classes and location in TerraIncognita.FOLDERS:
+            yield image["file_name"], location, classes
 
 
 def drop_duplicates(unpacked: Path) -> None:
@@ -80,7 +83,7 @@ def drop_duplicates(unpacked: Path) -> None:
     """
     lines = (line for file in sorted(unpacked.glob("*_t*.txt")) for line in file.read_text("utf-8").splitlines())
     listed = {line.rsplit(" ", 1)[0] for line in lines if line.strip()}
-    for domain in DOMAINS:
+    for domain in DomainNet.FOLDERS:
         for path in sorted((unpacked / domain).rglob("*")):
             if path.is_file() and path.relative_to(unpacked).as_posix() not in listed:
                 path.unlink()
@@ -88,7 +91,7 @@ def drop_duplicates(unpacked: Path) -> None:
     if missing:
         raise ValueError(f"the archives lack {len(missing):,} listed images, such as {', '.join(missing[:20])}")
     (unpacked / "domain_net").mkdir()
-    for domain in DOMAINS:
+    for domain in DomainNet.FOLDERS:
         (unpacked / domain).rename(unpacked / "domain_net" / domain)
 
 
@@ -131,6 +134,21 @@ def _wilds(folder: str, bundle: str, size: int, contains: tuple[str, ...], licen
     return Release(folder, (archive,), contains, licence, gone=_WILDS_GONE.format(f"{folder}/"))
 
 
+def _by_folder(cls: type[NamedImageFolder], counts: Mapping[str, int]) -> dict[str, int]:
+    """Images of each environment, by its folder."""
+    return {cls.FOLDERS[(cls.ENVIRONMENTS or ()).index(name)]: number for name, number in counts.items()}
+
+
+def _all_splits(cls: type[ComposedDataset]) -> dict[str, int]:
+    """Images of the whole release."""
+    return {"": sum(sum(groups) for groups in cls.PUBLISHED_COUNTS.values())}
+
+
+def _whole_and_parts(cls: type[NamedImageFolder]) -> tuple[str, ...]:
+    """Names of the dataset and of those that are one environment of it."""
+    return cls.__name__, *(f"{cls.__name__}InDistribution_{name}" for name in cls.ENVIRONMENTS or ())
+
+
 _MNIST = Release(
     "MNIST/raw",
     (
@@ -156,6 +174,9 @@ _MNIST = Release(
     growth=4.8,
 )  # fmt: skip
 
+_SPAWRIOUS_IMAGES = (  # in each of the two folders
+    len(SpawriousBenchmark.CONFOUNDERS) * len(SpawriousBenchmark.CLASSES) * SpawriousBenchmark.IMAGES
+)
 _SPAWRIOUS = Release(
     "spawrious224",
     (
@@ -166,16 +187,15 @@ _SPAWRIOUS = Release(
         ),
     ),
     ("0", "1"),
-    "MIT (github.com/aengusl/spawrious)",
-    counts=({"0": 76_032, "1": 76_032},),  # 6 backgrounds x 4 breeds x 3,168 in each
+    "MIT",
+    counts=(dict.fromkeys("01", _SPAWRIOUS_IMAGES),),
     also=("",),
 )
 
 ARCHIVES: dict[str, Release] = {
-    "ColoredMNIST": _MNIST,
-    "RotatedMNIST": _MNIST,
-    "VLCS": Release(
-        "VLCS",
+    **dict.fromkeys(("ColoredMNIST", "ColoredMNIST224", "RotatedMNIST"), _MNIST),
+    **dict.fromkeys(_whole_and_parts(VLCS), Release(
+        VLCS.DIRECTORY,
         (
             Archive(
                 "VLCS.tar.gz",
@@ -185,12 +205,12 @@ ARCHIVES: dict[str, Release] = {
                 source="github.com/LarsKue/context-aware-domain-generalization",
             ),
         ),
-        ("Caltech101", "LabelMe", "SUN09", "VOC2007"),
-        "none stated; its four sources have their own terms",
-        counts=({"": 10_729},),
-    ),
+        tuple(VLCS.FOLDERS),
+        "not stated by the release",
+        counts=({"": VLCS.PUBLISHED_COUNTS["all"]},),
+    )),
     "PACS": Release(
-        "PACS",
+        PACS.DIRECTORY,
         (
             Archive(
                 "PACS.zip",
@@ -205,12 +225,12 @@ ARCHIVES: dict[str, Release] = {
                 "of DomainBed's (md5); size: of a copy",
             ),
         ),
-        ("art_painting", "cartoon", "photo", "sketch"),
-        "none stated",
-        counts=({"art_painting": 2_048, "cartoon": 2_344, "photo": 1_670, "sketch": 3_929},),
+        tuple(PACS.FOLDERS),
+        "not stated by the release",
+        counts=(_by_folder(PACS, PACS.PUBLISHED_COUNTS),),
     ),
     "OfficeHome": Release(
-        "office_home",
+        OfficeHome.DIRECTORY,
         (
             Archive(
                 "office_home.zip",
@@ -224,12 +244,12 @@ ARCHIVES: dict[str, Release] = {
                 source="github.com/LarsKue/context-aware-domain-generalization, and others alike",
             ),
         ),
-        ("Art", "Clipart", "Product", "Real World"),
-        "fair use, research only",
-        counts=({"Art": 2_427, "Clipart": 4_365, "Product": 4_439, "Real World": 4_357},),
+        tuple(OfficeHome.FOLDERS),
+        "a fair-use notice, quoted by the dataset cards of its copies",
+        counts=(_by_folder(OfficeHome, OfficeHome.PUBLISHED_COUNTS),),
     ),
-    "TerraIncognita": Release(
-        "terra_incognita",
+    **dict.fromkeys(_whole_and_parts(TerraIncognita), Release(
+        TerraIncognita.DIRECTORY,
         (
             Archive(
                 "eccv_18_all_images_sm.tar.gz",
@@ -244,13 +264,16 @@ ARCHIVES: dict[str, Release] = {
                 source="users' download scripts (size); the server sends an MD5 along",
             ),
         ),
-        tuple(f"location_{location}" for location in LOCATIONS),
-        "CDLA-Permissive (lila.science)",
-        counts=({"": 24_330}, {"": 24_788}),  # today's; the one of DomainBed's paper, lost (khanrc/miro issue 9)
+        tuple(TerraIncognita.FOLDERS),
+        "Community Data License Agreement, permissive",
+        counts=(
+            _by_folder(TerraIncognita, TerraIncognita.PUBLISHED_COUNTS),
+            _by_folder(TerraIncognita, TerraIncognita.COUNTS_OF_THE_PAPER),
+        ),
         arrange=sort_camera_traps,
-    ),
+    )),
     "DomainNet": Release(
-        "domain_net",
+        DomainNet.DIRECTORY,
         (
             _domain("groundtruth/clipart.zip", 1_300_000_000, "3bcfb9ec1b4061e8d5b0b887d4ebd4a708732787fc563c6dfc2d"),
             _domain("infograph.zip", 4_000_000_000, "47841f0d1b8606e4b02d508b250484d54f5cf04ef6c4875c6c5a39c"),
@@ -273,18 +296,16 @@ ARCHIVES: dict[str, Release] = {
             _list("sketch_train.txt", "ee92102f2b98f11765e6a97afbab15c60f2bac6e30fa7e1bc5a7db"),
             _list("sketch_test.txt", "7384fc06670979911d7e1e9a34ba8a6cd20e9e77d6bc3536c739ff4"),
         ),
-        DOMAINS,
-        "fair use, research only",
-        counts=(
-            dict(zip(DOMAINS, (48_129, 51_605, 72_266, 172_500, 172_947, 69_128), strict=True)),  # ai.bu.edu/M3SDA
-        ),
+        tuple(DomainNet.FOLDERS),
+        "a fair-use notice, quoted by the wilds package",
+        counts=(_by_folder(DomainNet, DomainNet.PUBLISHED_COUNTS),),
         arrange=drop_duplicates,
     ),
     "SVIRO": Release(
-        "sviro",
+        SVIRO.DIRECTORY,
         (Archive("SVIRO_DOMAINBED.zip", ("https://sviro.kl.dfki.de/?wpdmdl=1731",), source="address: DomainBed"),),
-        ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe"),
-        "see sviro.kl.dfki.de",
+        tuple(SVIRO.FOLDERS),
+        "CC BY-NC-SA 4.0, as others state it",
     ),
     "WILDSCamelyon": _wilds(
         "camelyon17_v1.0", "0xe45e15f39fb54e9d9e919556af67aabe", 10_658_709_504, ("metadata.csv", "patches"), "CC0"
@@ -315,7 +336,7 @@ ARCHIVES: dict[str, Release] = {
         ),
         ("metadata.csv",),
         "non-commercial research and education",
-        counts=({"": 11_788},),
+        counts=(_all_splits(Waterbirds),),
         files={"RELEASE_v1.0.txt": "v1.0, the files of waterbird_complete95_forest2water2.tar.gz\n"},
     ),
     "CelebA": Release(
@@ -339,7 +360,7 @@ ARCHIVES: dict[str, Release] = {
         ),
         ("img_align_celeba", "list_attr_celeba.csv", "list_eval_partition.csv"),
         "non-commercial research",
-        counts=({"": 202_599},),
+        counts=(_all_splits(CelebA),),
         arrange=write_face_tables,
         files={"RELEASE_v1.0.txt": "v1.0, made from the authors' img_align_celeba.zip and text tables\n"},
     ),

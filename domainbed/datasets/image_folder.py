@@ -1,7 +1,8 @@
 """Folders of images: one per environment, in it one per class; DomainBed's six sets of this kind, and ALIGN's splits.
 
 The counts in ``PUBLISHED_COUNTS`` are those of Bai et al. 2024, "Soft Prompt Generation for Domain Generalization",
-appendix A, https://arxiv.org/abs/2404.19286; VLCS and SVIRO have none there that belong to DomainBed's files.
+appendix A, https://arxiv.org/abs/2404.19286; VLCS' total and TerraIncognita's other counts belong to DomainBed's paper,
+https://arxiv.org/abs/2007.01434; SVIRO has none.
 """
 
 import os
@@ -173,6 +174,7 @@ class VLCS(NamedImageFolder):
     ENVIRONMENTS = ("C", "L", "S", "V")
     FOLDERS = ("Caltech101", "LabelMe", "SUN09", "VOC2007")
     DIRECTORY = "VLCS"
+    PUBLISHED_COUNTS = {"all": 10729}
     CLASSES = ("bird", "car", "chair", "dog", "person")
 
 
@@ -199,7 +201,7 @@ class OfficeHome(NamedImageFolder):
 
     Source: Venkateswara, Eusebio, Chakraborty and Panchanathan 2017, "Deep Hashing Network for Unsupervised Domain
     Adaptation", CVPR, https://arxiv.org/abs/1706.07522.
-    Licence: a fair use notice: non-commercial research and education.
+    Licence: a fair-use notice, quoted by the dataset cards of its copies: non-commercial research and education.
     Layout: office_home/{Art,Clipart,Product,Real World}/{class}/.
     """
 
@@ -214,8 +216,8 @@ class TerraIncognita(NamedImageFolder):
     """Animals of ten classes in front of four camera traps.
 
     Source: Beery, Van Horn and Perona 2018, "Recognition in Terra Incognita", ECCV, https://arxiv.org/abs/1807.04975,
-    cut down as in DomainBed (its paper counts 24,788 images, the files that can be had now are 24,330).
-    Licence: Community Data License Agreement, permissive, 1.0.
+    cut down as in DomainBed. Its paper counts 24,788 images, the files that can be had now are 24,330: both count.
+    Licence: Community Data License Agreement, permissive.
     Layout: terra_incognita/{location_100,location_38,location_43,location_46}/{class}/.
     """
 
@@ -224,6 +226,12 @@ class TerraIncognita(NamedImageFolder):
     DIRECTORY = "terra_incognita"
     CLASSES = ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon", "squirrel")
     PUBLISHED_COUNTS = {"L100": 4741, "L38": 9736, "L43": 3970, "L46": 5883}
+    COUNTS_OF_THE_PAPER: ClassVar[Mapping[str, int]] = {"L100": 4879, "L38": 9767, "L43": 4020, "L46": 6122}
+
+    def __init__(self, root: str | Path | None, test_envs: Sequence[int], hparams: Mapping[str, Any]):
+        super().__init__(root, test_envs, hparams)
+        if [len(environment) for environment in self.datasets] == list(self.COUNTS_OF_THE_PAPER.values()):
+            self.PUBLISHED_COUNTS = dict(self.COUNTS_OF_THE_PAPER)
 
 
 @register
@@ -232,7 +240,7 @@ class DomainNet(NamedImageFolder):
 
     Source: Peng, Bai, Xia, Huang, Saenko and Wang 2019, "Moment Matching for Multi-Source Domain Adaptation", ICCV,
     https://arxiv.org/abs/1812.01754.
-    Licence: a fair use notice: non-commercial research and education.
+    Licence: a fair-use notice, quoted by the wilds package: non-commercial research and education.
     Layout: domain_net/{clipart,infograph,painting,quickdraw,real,sketch}/{class}/.
     """
 
@@ -241,9 +249,7 @@ class DomainNet(NamedImageFolder):
     DIRECTORY = "domain_net"
     CHECKPOINT_FREQ = 1000
     HPARAMS = {"batch_size": (32, lambda r: int(2 ** r.uniform(3, 5)))}
-    PUBLISHED_COUNTS = {
-        "clip": 48129, "info": 51605, "paint": 72266, "quick": 172500, "real": 172947, "sketch": 69128,
-    }  # fmt: skip
+    PUBLISHED_COUNTS = {"clip": 48129, "info": 51605, "paint": 72266, "quick": 172500, "real": 172947, "sketch": 69128}
 
 
 @register
@@ -252,12 +258,11 @@ class SVIRO(NamedImageFolder):
 
     Source: Dias Da Cruz, Wasenmueller, Beise, Stifter and Stricker 2020, "SVIRO: Synthetic Vehicle Interior Rear Seat
     Occupancy Dataset and Benchmark", WACV, https://arxiv.org/abs/2001.03483; the release's archive for DomainBed.
-    Licence: CC BY-NC-SA 4.0.
+    Licence: CC BY-NC-SA 4.0, as others state it.
     Layout: sviro/{aclass,escape,hilux,i3,lexus,tesla,tiguan,tucson,x5,zoe}/{class}/.
     """
 
-    ENVIRONMENTS = ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe")
-    FOLDERS = ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe")
+    ENVIRONMENTS = FOLDERS = ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe")
     DIRECTORY = "sviro"
 
 
@@ -358,8 +363,7 @@ class TerraIncognitaInDistribution(InDistribution):
 class TerraIncognitaInDistribution_L100(TerraIncognitaInDistribution):
     """Location 100 of TerraIncognita alone, divided at random (see ``InDistribution``).
 
-    Source: ALIGN, https://arxiv.org/abs/2511.06944, on TerraIncognita. Licence: as TerraIncognita.
-    Layout: terra_incognita/location_100/{class}/.
+    Source: ALIGN, arXiv:2511.06944. Licence: as TerraIncognita. Layout: terra_incognita/location_100/{class}/.
     """
 
     DOMAIN = 0
@@ -369,8 +373,7 @@ class TerraIncognitaInDistribution_L100(TerraIncognitaInDistribution):
 class TerraIncognitaInDistribution_L38(TerraIncognitaInDistribution):
     """Location 38 of TerraIncognita alone, divided at random (see ``InDistribution``).
 
-    Source: ALIGN, https://arxiv.org/abs/2511.06944, on TerraIncognita. Licence: as TerraIncognita.
-    Layout: terra_incognita/location_38/{class}/.
+    Source: ALIGN, arXiv:2511.06944. Licence: as TerraIncognita. Layout: terra_incognita/location_38/{class}/.
     """
 
     DOMAIN = 1
@@ -380,8 +383,7 @@ class TerraIncognitaInDistribution_L38(TerraIncognitaInDistribution):
 class TerraIncognitaInDistribution_L43(TerraIncognitaInDistribution):
     """Location 43 of TerraIncognita alone, divided at random (see ``InDistribution``).
 
-    Source: ALIGN, https://arxiv.org/abs/2511.06944, on TerraIncognita. Licence: as TerraIncognita.
-    Layout: terra_incognita/location_43/{class}/.
+    Source: ALIGN, arXiv:2511.06944. Licence: as TerraIncognita. Layout: terra_incognita/location_43/{class}/.
     """
 
     DOMAIN = 2
@@ -391,8 +393,7 @@ class TerraIncognitaInDistribution_L43(TerraIncognitaInDistribution):
 class TerraIncognitaInDistribution_L46(TerraIncognitaInDistribution):
     """Location 46 of TerraIncognita alone, divided at random (see ``InDistribution``).
 
-    Source: ALIGN, https://arxiv.org/abs/2511.06944, on TerraIncognita. Licence: as TerraIncognita.
-    Layout: terra_incognita/location_46/{class}/.
+    Source: ALIGN, arXiv:2511.06944. Licence: as TerraIncognita. Layout: terra_incognita/location_46/{class}/.
     """
 
     DOMAIN = 3

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     names = args.dataset or list(ARCHIVES)
     for name in names:
         if name not in ARCHIVES and name in registry.names("datasets"):
-            raise BadInput(f"{name} needs no download, or has none; known: {', '.join(ARCHIVES)}")
+            raise BadInput(f"{name} needs no download; known: {', '.join(ARCHIVES)}")
         if name not in ARCHIVES:
             raise BadInput(messages.not_found("dataset", name, ARCHIVES))
     if args.list:

@@ -3,20 +3,36 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from domainbed import registry, releases
+from domainbed import cards, datasets, registry, releases
 from domainbed.datasets import archives
 from domainbed.datasets.archives import ARCHIVES
+from domainbed.datasets.image_folder import DomainNet
+from domainbed.scripts import describe
 
 DIGITS = {"md5": 32, "sha256": 64, "sha512": 128}
 DOCS = Path(__file__).parents[2] / "docs" / "downloads.md"
 
 
 class TestTable:
-    def test_has_every_dataset_of_domainbed_that_needs_files(self):
-        needed = {name for name in registry.order("datasets") if not name.startswith("Debug")}
-        assert needed <= set(ARCHIVES)
+    def test_has_every_dataset_that_needs_files_and_no_other(self):
+        names = registry.names("datasets")
+        assert set(ARCHIVES) == {name for name in names if registry.attribute("datasets", name, "NEEDS_DATA_DIR")}
+
+    def test_datasets_of_one_folder_share_its_files(self):
+        for part, whole in (
+            ("ColoredMNIST224", "ColoredMNIST"),
+            ("VLCSInDistribution_C", "VLCS"),
+            ("TerraIncognitaInDistribution_L38", "TerraIncognita"),
+        ):
+            assert ARCHIVES[part] is ARCHIVES[whole]
+
+    @pytest.mark.parametrize("name", ARCHIVES)
+    def test_the_class_states_the_same_licence(self, name):
+        whole = next(one for one, release in ARCHIVES.items() if release.folder == ARCHIVES[name].folder)
+        assert f"Licence: {ARCHIVES[name].licence}" in " ".join(datasets.get_dataset_class(whole).__doc__.split())
 
     @pytest.mark.parametrize("name", ARCHIVES)
     def test_is_well_formed(self, name):
@@ -34,6 +50,14 @@ class TestTable:
                 assert len(digits) <= DIGITS[algorithm]
         for counts in release.counts:
             assert all(part == "" or part in release.contains for part in counts)
+
+    def test_the_numbers_of_images_are_those_of_the_papers(self):
+        totals = {name: [sum(counts.values()) for counts in release.counts] for name, release in ARCHIVES.items()}
+        assert {name: totals[name] for name in totals if totals[name] and "_" not in name} == {
+            "VLCS": [10_729], "PACS": [9_991], "OfficeHome": [15_588], "TerraIncognita": [24_330, 24_788],
+            "DomainNet": [586_575], "Waterbirds": [11_788], "CelebA": [202_599],
+        }  # fmt: skip
+        assert totals["SpawriousO2O_easy"] == [152_064]
 
     def test_archives_of_different_releases_have_different_names(self):
         distinct = {release.folder: release for release in ARCHIVES.values()}
@@ -71,6 +95,29 @@ class TestTable:
 
     def test_the_docs_hold_the_table(self):
         assert releases.markdown(ARCHIVES) in DOCS.read_text(encoding="utf-8")
+
+
+class TestCards:
+    """What the card of a dataset calls official is what counts as a complete download."""
+
+    def test_any_release_of_terra_incognita_is_official(self, tmp_path, monkeypatch):
+        cls = datasets.get_dataset_class("TerraIncognita")
+        monkeypatch.setattr(cls, "COUNTS_OF_THE_PAPER", {"L100": 11, "L38": 10, "L43": 10, "L46": 10})
+        monkeypatch.setattr(cls, "PUBLISHED_COUNTS", {"L100": 10, "L38": 10, "L43": 10, "L46": 10})
+        for folder in cls.FOLDERS:
+            for name in cls.CLASSES:
+                (tmp_path / cls.DIRECTORY / folder / name).mkdir(parents=True)
+                (tmp_path / cls.DIRECTORY / folder / name / "1.jpg").touch()
+        for image, official in (("1.jpg", True), ("2.jpg", True), ("3.jpg", False)):  # today's, the paper's, neither
+            (tmp_path / cls.DIRECTORY / "location_100" / "cat" / image).touch()
+            dataset = cls(tmp_path, [0], {})
+            here = {name: len(one) for name, one in zip(cls.ENVIRONMENTS, dataset, strict=True)}
+            assert (describe.release(dataset) == here) == official
+
+    def test_vlcs_is_official_by_its_total(self):
+        parts = cards.parts([cards.Environment("C", "training", np.array([10_000, 729]))], {})
+        text = cards.published(datasets.get_dataset_class("VLCS").PUBLISHED_COUNTS, parts, ["bird", "car"])
+        assert "these files have them" in text
 
 
 def annotations(images, labels, categories=("empty", "dog", "cat", "car")):
@@ -124,7 +171,7 @@ class TestCameraTraps:
 class TestDuplicates:
     @pytest.fixture
     def unpacked(self, tmp_path):
-        for domain in archives.DOMAINS:
+        for domain in DomainNet.FOLDERS:
             (tmp_path / domain / "zebra").mkdir(parents=True)
             for number in range(3):
                 (tmp_path / domain / "zebra" / f"{number}.jpg").write_text("")
@@ -136,7 +183,7 @@ class TestDuplicates:
         archives.drop_duplicates(unpacked)
         root = unpacked / "domain_net"
         assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*")) == sorted(
-            f"{domain}/zebra/{number}.jpg" for domain in archives.DOMAINS for number in (0, 2)
+            f"{domain}/zebra/{number}.jpg" for domain in DomainNet.FOLDERS for number in (0, 2)
         )
 
     def test_reports_listed_images_that_are_not_there(self, unpacked):

@@ -70,12 +70,18 @@ def test_lists_everything_without_touching_anything(data_dir, capsys):
     assert not data_dir.exists()
 
 
+@pytest.mark.parametrize("name", ["ColoredMNIST224", "VLCSInDistribution_C", "TerraIncognitaInDistribution_L38"])
+def test_a_part_or_another_form_of_a_dataset_is_known(data_dir, capsys, name):
+    assert run(data_dir, "--list", "--dataset", name) == 0
+    assert f"\n{name} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "name what to download: --dataset NAME"),
         (["--dataset", "TeraIncognita"], "did you mean TerraIncognita"),
-        (["--dataset", "DigitsM2M"], "DigitsM2M needs no download"),
+        (["--dataset", "DigitsM2M"], "DigitsM2M needs no download; known"),
     ],
 )
 def test_bad_input(data_dir, words, message):
