@@ -195,10 +195,5 @@ def _decode_all(images: Images, path: Path) -> None:
 
 
 def _decode(images: Images, position: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    try:
-        image = images.open(position)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # PIL raises many types for damaged files
-        raise ValueError(f"{images.paths[position]} in {images.root} can't be decoded: {error}") from error
+    image = images.open(position)
     return np.asarray(squash(image, images.size)), (image.height, image.width)

@@ -3,14 +3,19 @@
 import functools
 import hashlib
 import json
+import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from domainbed import machine
 from domainbed.messages import listed
 from domainbed.metadata import escapes
 
@@ -19,6 +24,14 @@ ImageFile.LOAD_TRUNCATED_IMAGES = True  # some public photographs lack their las
 CACHE_VARIABLE = "DOMAINBED_CACHE"
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROPS = ("original", "resized", "none")
+
+CHUNK = 256  # images between two looks at the clock
+LOG_EVERY_S = 10.0
+SAMPLE = 28  # pixels of a side at which an image is looked at; a JPEG of 224 can be decoded at an eighth
+SHOWN = 0.1  # of an image's rows, to call it a photograph that lacks its last bytes
+BLANK = "next to nothing of it can be decoded"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +44,16 @@ class Images:
         size: the network sees size x size pixels.
         crop: what random crops of training images are cut from: the "original" image, the image "resized" (squashed)
             to size x size first, or "none".
+        source: the file that lists them, for messages.
+        lines: (N,) where in it they stand.
     """
 
     root: Path
     paths: tuple[str, ...]
     size: int = 224
     crop: str = "original"
+    source: Path | None = None
+    lines: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -48,9 +65,20 @@ class Images:
         return len(self.paths)
 
     def open(self, position: int) -> Image.Image:
-        """The image at a position, as RGB."""
-        with Image.open(self.root / self.paths[position]) as image:
-            return image.convert("RGB")
+        """The image at a position, as RGB.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it can't be read as an image.
+        """
+        path = self.root / self.paths[position]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # PIL raises many types for damaged files
+            raise ValueError(f"{path}: not an image that can be read ({_reason(error)})") from error
 
     @functools.cached_property
     def list_key(self) -> str:
@@ -69,39 +97,77 @@ class Images:
         return os.stat(self.root / path)
 
     def check(self) -> None:
-        """Opens every file's header; a pool that was found sound is not opened again while its files stay the same.
+        """Decodes every file; a pool that was found sound is not decoded again while its files stay the same.
 
         Raises:
             ValueError: files are missing, unreadable, named twice or outside the folder; the message lists the first
                 ones and counts all.
         """
         try:
-            stamp = cache_directory() / f"checked_{_hash([self.list_key, self.content_key()])[:32]}.json"
-        except OSError:  # a file is missing
+            stamp = cache_directory() / f"decoded_{_hash([self.list_key, self.content_key()])[:32]}.json"
+        except (OSError, ValueError):  # a file is missing, or has a name that can't be
             stamp = None
         if stamp is not None and stamp.exists():
             return
         problems = list(self._problems())
         if problems:
             bad = f"{len(problems)} of {len(self)} images in {self.root} can't be used"
-            raise ValueError(listed(f"{bad}; replace them, or take them out of the list:", problems))
+            raise ValueError(listed(f"{bad}; replace them, or take them out of {self.source or 'the list'}:", problems))
         if stamp is not None:
             _leave_stamp(stamp, len(self))
 
     def _problems(self) -> Iterator[str]:
-        twice = {path for path, n in Counter(self.paths).items() if n > 1}
-        yield from (f"{path}: named twice" for path in sorted(twice))
-        for path in dict.fromkeys(self.paths):
-            if escapes(path):
-                yield f"{path}: leads out of the folder"
-                continue
-            try:
-                with Image.open(self.root / path):
-                    pass
-            except FileNotFoundError:
-                yield f"{path}: no such file"
-            except Exception as error:  # PIL raises many types for damaged headers
-                yield f"{path}: not an image that can be read ({type(error).__name__})"
+        lines = zip(self.paths, self.lines, strict=False)  # none if there is no source
+        names = {path: path for path in self.paths} | {path: f"line {line}: {path}" for path, line in lines}
+        yield from (f"{names[path]}: named twice" for path, n in sorted(Counter(self.paths).items()) if n > 1)
+        yield from (f"{names[path]}: {trouble}" for path, trouble in _troubles(self.root, list(names)) if trouble)
+
+
+def _troubles(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each path with what is wrong with the file, "" for most. Threads suffice: PIL decodes without Python's lock."""
+    found: list[str] = []
+    logged = time.monotonic()
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        for start in range(0, len(paths), CHUNK):
+            found += pool.map(functools.partial(_trouble, root), paths[start : start + CHUNK])
+            if time.monotonic() - logged > LOG_EVERY_S:
+                logged = time.monotonic()
+                logger.info("checked %d of %d images in %s, once for all jobs", len(found), len(paths), root)
+    for path, trouble in zip(paths, found, strict=True):
+        yield path, "" if trouble == BLANK and _is_whole(root / path) else trouble
+
+
+def _trouble(root: Path, path: str) -> str:
+    """What is wrong with a file; BLANK where so few rows show anything that it may be damaged, or a blank image."""
+    if escapes(path):
+        return "leads out of the folder"
+    try:
+        with Image.open(root / path) as image:
+            image.draft("RGB", (SAMPLE, SAMPLE))  # takes half as long
+            pixels = np.asarray(image.resize((SAMPLE, SAMPLE), Image.Resampling.NEAREST).convert("RGB"))
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as error:  # PIL raises many types for damaged files
+        return f"not an image that can be read ({_reason(error)})"
+    shown = np.ptp(pixels, axis=1).max(axis=1) > 1  # what could not be decoded is black, or grey within a level
+    return "" if shown.mean() >= SHOWN else BLANK
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file decodes without PIL's leniency, which is one for all threads: no other may decode meanwhile."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception:  # as above
+        return False
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return "of no known kind" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 def cache_directory() -> Path:

@@ -16,6 +16,17 @@ from numpy.typing import NDArray
 from domainbed.messages import listed
 
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab; lines hold no line ends
+_WHOLE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")
+_CELL = re.compile(r"""\s*+ (?: "( (?:[^"]|"")*+ )"\s* | ([^,"][^,]*)? ) (,|\Z)""", re.VERBOSE)
+_UNPLAIN = re.compile(
+    r'[\x00-\x09\x0b-\x20"\x7f-\x9f]|[0-9]\.0*[,\n]|[0-9]\.0*\Z|\n,*\n'
+)  # what plain_csv would change
+
+PLAIN = (
+    "give every row as many cells as the header, each on one line; a cell with a comma stands in quotes, and quotes in "
+    "it are doubled"
+)
 
 
 class Problems:
@@ -114,12 +125,9 @@ class Table:
 
 
 def _whole_number(cell: str) -> int | None:
-    """7 for "7", "-7" and the "7.0" that spreadsheets write; None for anything else."""
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return int(value) if value.is_integer() else None
+    """7 for "7", "+7" and the "7.0" that spreadsheets write; None for anything else."""
+    found = _WHOLE.fullmatch(cell)
+    return int(found[1]) if found else None
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -159,39 +167,83 @@ def files_below(root: Path, names: Iterable[str]) -> set[str]:
 def read_csv(path: Path, required: Sequence[str]) -> Table:
     """The rows of a CSV file in UTF-8, with or without byte-order mark, CRLF, quotes and blanks around cells.
 
-    Empty lines are skipped, and so are columns without a name.
+    Empty lines are skipped, and so are columns without a name. No cell goes over a line end: what looks like one is
+    a quote that was left open, and would swallow rows.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, lacks a required column, names one twice, has no rows, or rows of a wrong length.
+        ValueError: it is not UTF-8, lacks a required column, names one twice, has no rows, rows of a wrong length,
+            quotes that are not closed, or control characters.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it must be a CSV with the columns {', '.join(required)}")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file in that encoding") from error
-    rows = _rows(path, text)
+    problems = Problems(path)
+    rows = _rows(_text(path), problems)
     _, header = next(rows, (1, []))
+    problems.raise_if_any(PLAIN)
     _check_header(path, header, required)
-    table = _table(path, header, rows)
+    table = _table(path, header, rows, problems)
     if not len(table):
         raise ValueError(f"{path} holds no rows below its header; add one per image")
     return table
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The line on which a row begins, and the row's cells without the blanks around them."""
-    reader, end = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True), 0
+def plain_csv(path: Path) -> io.StringIO:
+    """The text of a file that ``read_csv`` reads, for readers that take cells as they are written.
+
+    Without byte-order mark, empty lines, blanks around cells, quotes that are not needed and points of whole numbers.
+    """
+    text = _text(path)
+    if not _UNPLAIN.search(text):  # seconds, of large files
+        return io.StringIO(text)
+    problems, plain = Problems(path), io.StringIO()
+    rows = (cells for _, cells in _rows(text, problems) if any(cells))
+    csv.writer(plain, lineterminator="\n").writerows([_unpointed(cell) for cell in cells] for cells in rows)
+    problems.raise_if_any(PLAIN)
+    plain.seek(0)
+    return plain
+
+
+def _unpointed(cell: str) -> str:
+    found = _WHOLE.fullmatch(cell)
+    return found[1] if found else cell
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
     try:
-        for cells in reader:
-            yield end + 1, [cell.strip() for cell in cells]
-            end = reader.line_num
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {end + 1}: {error}; is a quote left open?") from error
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file in that encoding") from error
+
+
+def _rows(text: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line, and its cells without the blanks around them; lines that hold none are problems."""
+    for number, line in enumerate(re.split(r"\r\n|[\r\n]", text), 1):
+        cells = _cells(line)
+        if control := _CONTROL.search(line):
+            problems.add(number, f"holds the control character {control[0]!r}")
+        elif cells is None:
+            problems.add(number, "a quote is left open on this line, or text follows the closing one")
+        else:
+            yield number, cells
+
+
+def _cells(line: str) -> list[str] | None:
+    """The cells of a line; None: its quotes don't enclose cells."""
+    if '"' not in line:
+        return [cell.strip() for cell in line.split(",")]
+    cells, place, comma = [], 0, ","
+    while comma:
+        found = _CELL.match(line, place)
+        if found is None:
+            return None
+        quoted, bare, comma = found.groups()
+        cells.append(((bare or "") if quoted is None else quoted.replace('""', '"')).strip())
+        place = found.end()
+    return cells
 
 
 def _check_header(path: Path, header: Sequence[str], required: Sequence[str]) -> None:
@@ -208,8 +260,8 @@ def _check_header(path: Path, header: Sequence[str], required: Sequence[str]) ->
         )
 
 
-def _table(path: Path, header: Sequence[str], rows: Iterable[tuple[int, list[str]]]) -> Table:
-    problems, lines, columns = Problems(path), [], [[] for _ in header]  # type: Problems, list[int], list[list[str]]
+def _table(path: Path, header: Sequence[str], rows: Iterable[tuple[int, list[str]]], problems: Problems) -> Table:
+    lines, columns = [], [[] for _ in header]  # type: list[int], list[list[str]]
     for line, cells in rows:
         if not any(cells):
             continue
@@ -219,5 +271,5 @@ def _table(path: Path, header: Sequence[str], rows: Iterable[tuple[int, list[str
         lines.append(line)
         for column, cell in zip(columns, cells, strict=True):
             column.append(cell)
-    problems.raise_if_any("give every row as many cells as the header (a comma inside a cell needs quotes)")
+    problems.raise_if_any(PLAIN)
     return Table(path, lines, {name: column for name, column in zip(header, columns, strict=True) if name})

@@ -1,11 +1,14 @@
 """CSV files as people's programs write them, and what is said of bad ones."""
 
+import csv
+import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from domainbed.metadata import Problems, Table, escapes, files_below, in_order, read_csv
+from domainbed.metadata import Problems, Table, _cells, escapes, files_below, in_order, plain_csv, read_csv
 
 
 def written(folder: Path, text: str | bytes) -> Path:
@@ -31,11 +34,64 @@ def test_ways_to_write_the_same_table(tmp_path: Path, text: str) -> None:
     assert table.columns == {"path": ["a.jpg", "b.jpg"], "label": ["cat", "dog"]}
 
 
-def test_quotes_hold_commas_quotes_and_line_ends_and_lines_are_counted_in_the_file(tmp_path: Path) -> None:
-    text = 'path,label\n"a, b.jpg" , "the ""big"" cat"\n"c\nd.jpg",dog\n\ne.jpg,dog\n'
+def test_quotes_hold_commas_and_quotes_and_lines_are_counted_in_the_file(tmp_path: Path) -> None:
+    text = 'path,label\n"a, b.jpg" , "the ""big"" cat"\n\n 5" disk.jpg,"dog"\t\n"",dog\n'
     table = read_csv(written(tmp_path, text), ["label"])
-    assert table.columns == {"path": ["a, b.jpg", "c\nd.jpg", "e.jpg"], "label": ['the "big" cat', "dog", "dog"]}
-    assert table.lines == [2, 3, 6]
+    assert table.columns == {"path": ["a, b.jpg", '5" disk.jpg', ""], "label": ['the "big" cat', "dog", "dog"]}
+    assert table.lines == [2, 4, 5]
+
+
+def test_what_the_csv_module_writes_is_read_as_it_was() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        row = ["".join(rng.choice(list('ab", '), rng.integers(6))).strip() for _ in range(rng.integers(2, 5))]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(row)
+        assert _cells(text.getvalue()) == row
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad"),
+    [
+        (['a,"cat', "b,dog", "c,dog"], [2]),  # the last column swallowed all that follows
+        (["a,cat", 'b,"dog', "c,dog", 'd,"cat', "e,cat"], [3, 5]),  # and here all up to the next one
+        (['a,"cat', 'b",cat', "c,dog"], [2]),
+        (['a,"cat"s', "b,dog"], [2]),
+        (['"a,cat', "b,dog"], [2]),
+        (["a\0,cat", "b,dog", "c,d\x07og"], [2, 4]),
+    ],
+)
+def test_no_row_is_swallowed(tmp_path: Path, rows: list[str], bad: list[int]) -> None:
+    path = written(tmp_path, "\n".join(["path,label", *rows]))
+    with pytest.raises(ValueError, match=rf"table\.csv: {len(bad)} bad rows?; give every row") as caught:
+        read_csv(path, ["path", "label"])
+    assert re.findall(r"\n  line (\d+): ", str(caught.value)) == [str(line) for line in bad]
+    with pytest.raises(ValueError, match=f"{len(bad)} bad row"):
+        plain_csv(path)
+
+
+def test_a_damaged_header_is_line_1(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 bad row; .*\n  line 1: a quote is left open"):
+        read_csv(written(tmp_path, 'path,"label\na,b\n'), ["path", "label"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",path,label\n0,a.jpg,1\n1,b.jpg,2\n",
+        "\ufeff,path,label\r\n0,a.jpg,1\r\n1,b.jpg,2\r\n",
+        ", path ,label\n\n0 ,a.jpg, 1\n,,\n1, b.jpg,2\n",
+        ',"path",label\n0,"a.jpg",1.0\n"1",b.jpg,2.00\n',
+        ",path,label\n0,a.jpg,1\n\n1,b.jpg,2.",
+    ],
+)
+def test_plain_text_for_other_readers(tmp_path: Path, text: str) -> None:
+    assert plain_csv(written(tmp_path, text)).read() == ",path,label\n0,a.jpg,1\n1,b.jpg,2\n"
+
+
+def test_plain_text_keeps_what_needs_quotes_and_other_numbers(tmp_path: Path) -> None:
+    text = 'a,b\n"x, y", 004.0\n1.50,"say ""x"""\n'
+    assert plain_csv(written(tmp_path, text)).read() == 'a,b\n"x, y",004\n1.50,"say ""x"""\n'
 
 
 @pytest.mark.parametrize(
@@ -54,7 +110,7 @@ def test_quotes_hold_commas_quotes_and_line_ends_and_lines_are_counted_in_the_fi
             "2 bad rows; give .* as many cells.*\n  line 3: 2.*\n  line 5: 4",
         ),
         ("path,label,place\na,b,c\nd,caf\xe9,e\n".encode("latin-1"), "table.csv, line 3: not UTF-8"),
-        ("path,label,place\na,b,c\n" + '"' + "x" * 200_000, "line 3: .*; is a quote left open"),
+        ("path,label,place\na,b,c\n" + '"' + "x" * 200_000, "line 3: a quote is left open"),
     ],
 )
 def test_files_that_are_no_such_table(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -82,10 +138,13 @@ def test_all_bad_rows_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_integers() -> None:
-    table = Table(Path("x.csv"), [2, 3, 5, 6, 7, 8], {"y": ["0", "2.0", "3", "-1", "cat", ""]})
+    cells = ["0", "2.0", "+1", "3", "-1", "cat", "", "1_0", "1e0", "1.5", "inf", "\u0661", "9" * 5000]
+    table = Table(Path("x.csv"), list(range(2, 2 + len(cells))), {"y": cells})
     problems = Problems(table.path)
-    assert table.integers("y", range(3), problems).tolist() == [0, 2, 0, 0, 0, 0]
-    assert [line for line, _ in problems.found] == [5, 6, 7, 8]
+    assert table.integers("y", range(11), problems).tolist() == [0, 2, 1, 3] + [0] * 9
+    problems = Problems(table.path)
+    assert table.integers("y", range(3), problems).tolist() == [0, 2, 1] + [0] * 10
+    assert [line for line, _ in problems.found] == list(range(5, 15))
     assert problems.found[0][1] == "y is '3'; allowed: 0 to 2"
     two = Problems(table.path)
     table.integers("y", (-1, 1), two)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from domainbed.datasets.base import Integers, image_size, register
-from domainbed.datasets.composed import ComposedDataset
+from domainbed.datasets.composed import ComposedDataset, require_variation
 from domainbed.datasets.wilds import read_by_wilds, release_folder
 from domainbed.images import Images
 from domainbed.messages import not_found
@@ -67,10 +67,12 @@ class CelebA(ComposedDataset):
         ours = {"_input_array": names, "_split_array": splits, "_y_array": attributes[LABEL]}
         read_by_wilds("celebA_dataset", "CelebADataset", folder, ours)
         if named != (SEX,):
+            for name in named:
+                require_variation(table.path, attributes[name][splits == 0], product_names([name]))
             self.CONFOUNDERS = product_names(named)
             self.PUBLISHED_COUNTS = {split: sum(counts) for split, counts in self.PUBLISHED_COUNTS.items()}
         c = np.ravel_multi_index([attributes[name] for name in named], [2] * len(named)).astype(np.int64)
-        images = Images(folder / FOLDER, tuple(names), image_size(hparams), crop="resized")
+        images = Images(folder / FOLDER, tuple(names), image_size(hparams), "resized", table.path, table.lines)
         self.lay_out(images, splits, attributes[LABEL], c, attributes[SEX], hparams)
 
 

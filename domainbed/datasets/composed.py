@@ -5,6 +5,7 @@ Everything here is a function of the pool's arrays, the request and a seed; no i
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ Floats = NDArray[np.float64]
 Pool = TypeVar("Pool", ImageEnvironment, InMemoryEnvironment)
 
 ROUNDING = 0.01  # how far printed proportions may be from a sum of 1
+TOLERANCE = 1e-6  # of an image
 
 
 def compose(pool: Pool, proportions: ArrayLike, seed: int = 0, sizes: Sequence[int] | None = None) -> list[Pool]:
@@ -49,7 +51,8 @@ def compose(pool: Pool, proportions: ArrayLike, seed: int = 0, sizes: Sequence[i
     if pool.split_units is not None:
         raise ValueError("the pool's images belong together (split_units), and composing would part them")
     groups = group_numbers(pool.y, pool.c, table.shape[1:])
-    return [_taken(pool, keys) for keys in composed(groups, table.reshape(len(table), -1), seed, sizes)]
+    names = [f"label {y}, confounder {c}" for y, c in np.ndindex(table.shape[1:])]
+    return [_taken(pool, keys) for keys in composed(groups, table.reshape(len(table), -1), seed, sizes, names)]
 
 
 def group_numbers(y: Integers, c: Integers, shape: Sequence[int]) -> Integers:
@@ -70,11 +73,15 @@ def _taken(pool: Pool, keys: Integers) -> Pool:
 
 
 def composed(
-    groups: Integers, proportions: ArrayLike, seed: int = 0, sizes: Sequence[int] | None = None
+    groups: Integers,
+    proportions: ArrayLike,
+    seed: int = 0,
+    sizes: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Integers]:
     """Positions of the images of each environment; as ``compose``, for groups (N,) and proportions (E, G)."""
     wanted = _checked_proportions(proportions)
-    return deal(groups, composed_counts(np.bincount(groups, minlength=wanted.shape[1]), wanted, sizes), seed)
+    return deal(groups, composed_counts(np.bincount(groups, minlength=wanted.shape[1]), wanted, sizes, names), seed)
 
 
 def _checked_proportions(proportions: ArrayLike) -> Floats:
@@ -86,13 +93,19 @@ def _checked_proportions(proportions: ArrayLike) -> Floats:
     return table / sums[:, None]
 
 
-def composed_counts(available: ArrayLike, proportions: ArrayLike, sizes: Sequence[int] | None = None) -> Integers:
+def composed_counts(
+    available: ArrayLike,
+    proportions: ArrayLike,
+    sizes: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> Integers:
     """Images (E, G) that each environment takes of each group, within one image of the proportions.
 
     Args:
         available: (G,) images that there are.
         proportions: (E, G).
         sizes: of the environments; None: the largest that fit.
+        names: of the groups, for messages.
 
     Raises:
         ValueError: a group has no image or too few, or an environment would be empty.
@@ -100,22 +113,32 @@ def composed_counts(available: ArrayLike, proportions: ArrayLike, sizes: Sequenc
     have, wanted = np.asarray(available, dtype=np.int64), _checked_proportions(proportions)
     if len(have) != wanted.shape[1]:
         raise ValueError(f"the pool has {len(have)} groups, the proportions are for {wanted.shape[1]}")
-    if len(empty := np.flatnonzero(wanted.any(axis=0) & (have == 0))):
-        raise ValueError(f"the proportions ask for groups of which there is no image: g = y * V + c = {empty.tolist()}")
+    called = np.array(names or [f"group {g}" for g in range(len(have))])
+    if len(empty := called[wanted.any(axis=0) & (have == 0)]):
+        raise ValueError(f"the proportions ask for groups of which there is no image: {'; '.join(empty)}")
+    if len(few := called[wanted.sum(axis=0) > have + TOLERANCE]):
+        raise ValueError(f"too few images for one in each environment of the groups {'; '.join(few)}")
     totals = largest_sizes(have, wanted) if sizes is None else np.asarray(sizes, dtype=np.int64)
     if len(totals) != len(wanted) or (totals < 1).any():
         raise ValueError(f"sizes of the {len(wanted)} environments: {totals.tolist()}; each needs an image or more")
     exact = totals[:, None] * wanted
-    if len(short := np.flatnonzero(exact.sum(axis=0) > have + 1e-6)):
+    if (short := _short(totals, wanted, have)).any():
         raise ValueError(
             f"the sizes {totals.tolist()} need {np.ceil(exact.sum(axis=0)[short]).astype(int).tolist()} images of the "
-            f"groups {short.tolist()}, and there are {have[short].tolist()}; {largest_sizes(have, wanted).tolist()} fit"
+            f"groups {'; '.join(called[short])}, and there are {have[short].tolist()}; "
+            f"{largest_sizes(have, wanted).tolist()} fit"
         )
     counts = rounded(exact, have)
     assert (abs(counts - exact) < 1).all()
     assert (counts.sum(axis=1) == totals).all()
     assert (counts.sum(axis=0) <= have).all()
     return counts
+
+
+def _short(sizes: Integers, proportions: Floats, available: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which groups (G,) have too few images for environments of these sizes."""
+    short: NDArray[np.bool_] = sizes @ proportions > available + TOLERANCE
+    return short
 
 
 def rounded(exact: Floats, available: Integers) -> Integers:
@@ -143,21 +166,40 @@ def rounded(exact: Floats, available: Integers) -> Integers:
 def largest_sizes(available: ArrayLike, proportions: Floats) -> Integers:
     """Sizes (E,) with the largest sum for which the groups suffice.
 
-    No environment is smaller than half the size that all could have alike; of several solutions the one whose smallest
-    environment is largest.
+    No environment is empty, or smaller than half the size that all could have alike; of several solutions the one
+    whose smallest environment is largest. One image for each environment must fit.
     """
     from scipy.optimize import linprog  # half a second to import
 
-    have, (n, m) = np.asarray(available, dtype=float), proportions.shape
-    needed = proportions.sum(axis=0)
-    alike = (have[needed > 0] / needed[needed > 0]).min()
-    total = -np.ones(n)
-    room = linprog(total, A_ub=proportions.T, b_ub=have, bounds=(alike / 2, None))
-    # Second programme, in (sizes, their minimum): keep the sum, raise the minimum.
-    bounds = np.block([[proportions.T, np.zeros((m, 1))], [-np.eye(n), np.ones((n, 1))], [total, 0]])
-    even = linprog([*np.zeros(n), -1], A_ub=bounds, b_ub=[*have, *np.zeros(n), room.fun + 1e-6])
-    assert even.success, even.message
-    return np.floor(even.x[:n] + 1e-5).astype(np.int64)
+    have, n = np.asarray(available, dtype=float), len(proportions)
+    alike = _most(have, proportions.sum(axis=0))
+    least = min(max(alike / 2, 1), alike) * (1 - 1e-9)
+    # The unknowns are fractions of the sizes that the environments could have alone, and the groups' rows fractions of
+    # what there is: else the solver's tolerances would swallow small proportions.
+    alone = np.array([_most(have, row) for row in proportions])
+    used = (proportions * alone[:, None]).T[have > 0] / have[have > 0, None]
+    total = -alone / alone.max()
+    fractions = (np.minimum(least / alone, 1)[:, None] * [1, 0]) + [0, 1]
+    room = linprog(total, A_ub=used, b_ub=np.ones(len(used)), bounds=fractions)
+    # Second programme, in (fractions, their environments' smallest size / alike): keep the sum, raise the smallest.
+    bounds = np.block([[used, np.zeros((len(used), 1))], [-np.eye(n), alike / alone[:, None]], [total, 0]])
+    limits = [*np.ones(len(used)), *np.zeros(n), room.fun + 1e-10]
+    even = linprog([*np.zeros(n), -1], A_ub=bounds, b_ub=limits, bounds=[*fractions, (0, None)])
+    sizes = np.floor((even if even.success else room).x[:n] * alone + 1e-5).astype(np.int64)
+    return _fitted(np.maximum(sizes, 1), proportions, have)
+
+
+def _most(available: Floats, needed: Floats) -> float:
+    """The largest factor of what is needed (G,) for which there is enough."""
+    return float((available[needed > 0] / needed[needed > 0]).min())
+
+
+def _fitted(sizes: Integers, proportions: Floats, available: Floats) -> Integers:
+    """Sizes (E,) that fit; those given may be too large by the solver's tolerance."""
+    while (short := _short(sizes, proportions, available)).any():
+        use = sizes * proportions[:, short.argmax()]
+        sizes[np.where(sizes > 1, use, -1).argmax()] -= 1
+    return sizes
 
 
 def largest_remainder(exact: Floats) -> Integers:
@@ -264,36 +306,33 @@ class ComposedDataset(MultipleDomainDataset):
         """Sets environments, shape, number of classes and ``split_counts``.
 
         Args:
-            images: the pool; the arrays are aligned with it.
+            images: the pool, with the source of its metadata; the arrays are aligned with it.
             splits: (N,) 0 train, 1 validation, 2 test.
             y, c: (N,) labels and confounders.
             by: (N,) the confounder of SHARES and PROPORTIONS.
             hparams: of the run.
 
         Raises:
-            ValueError: a split or an environment has no image, or the confounder never varies in training.
+            ValueError: a split or an environment has no image, the confounder never varies in training, or the
+                environments can't be composed of what there is.
         """
         self.input_shape, self.num_classes = (3, images.size, images.size), len(self.CLASSES)
         official = [np.flatnonzero(splits == split) for split in range(len(self.SPLITS))]
         g = y * len(self.CONFOUNDERS) + c
         counts = (np.bincount(g[keys], minlength=self.num_classes * len(self.CONFOUNDERS)) for keys in official)
         self.split_counts = {name: tuple(n.tolist()) for name, n in zip(self.SPLITS, counts, strict=True)}
-        self._check(official, c)
+        self._check(images.source, official, c)
         environments = [*self._training(official[0], y * np.shape(self.SHARES)[2] + by, hparams), *official[1:]]
         if empty := [name for name, keys in zip(self.ENVIRONMENTS or (), environments, strict=True) if not len(keys)]:
             raise ValueError(f"{type(self).__name__}: too few training images; none is left for {', '.join(empty)}")
         pool = ImageEnvironment(images, np.arange(len(images)), y, c)
         self.datasets = [pool.take(keys, augment=e < 2 and augments(hparams)) for e, keys in enumerate(environments)]
 
-    def _check(self, official: Sequence[Integers], c: Integers) -> None:
+    def _check(self, source: Path | None, official: Sequence[Integers], c: Integers) -> None:
         name = type(self).__name__
         if empty := [split for split, keys in zip(self.SPLITS, official, strict=True) if not len(keys)]:
-            raise ValueError(f"{name}: the metadata give no image to {' and '.join(empty)}; is the file whole?")
-        if len(np.unique(c[official[0]])) < 2:
-            raise ValueError(
-                f"{name}: all training images have the confounder {self.CONFOUNDERS[c[official[0]][0]]!r}; "
-                "there is nothing spurious to learn: choose another one, or look whether the metadata are whole"
-            )
+            raise ValueError(f"{name}: {source} gives no image to {' and '.join(empty)}; is the file whole?")
+        require_variation(source, c[official[0]], self.CONFOUNDERS)
 
     def _training(self, train: Integers, groups: Integers, hparams: Mapping[str, Any]) -> list[Integers]:
         """Positions of the training environments' images, by the reading that the hparams name."""
@@ -310,4 +349,21 @@ class ComposedDataset(MultipleDomainDataset):
             return divide(groups, shares, seed)
         if reading == "shares":
             return [train[keys] for keys in divide(groups[train], shares, seed)]
-        return [train[keys] for keys in composed(groups[train], np.reshape(self.PROPORTIONS, (2, -1)), seed)]
+        names = [f"{label}, {by}" for label in self.CLASSES for by in type(self).CONFOUNDERS]  # those of PROPORTIONS
+        try:
+            parts = composed(groups[train], np.reshape(self.PROPORTIONS, (2, -1)), seed, names=names)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}, environments {reading}: {error}; complete the release's training split, or "
+                """take --hparams '{"environments": "shares"}'"""
+            ) from error
+        return [train[keys] for keys in parts]
+
+
+def require_variation(source: Path | None, c: Integers, names: Sequence[str]) -> None:
+    """Raises ValueError if the confounder of all training images c (N,) is one of its names (V,)."""
+    if len(values := np.unique(c)) == 1:
+        raise ValueError(
+            f"{source}: all training images have the confounder {names[values[0]]!r}; there is nothing spurious to "
+            "learn: choose another one, or look whether the file is whole"
+        )

@@ -60,8 +60,10 @@ class ManifestDataset(MultipleDomainDataset):
         _warn_of_unseen(manifest, self.CLASSES, y, held_out)
         size = image_size(hparams)
         self.input_shape, self.num_classes = (3, size, size), len(self.CLASSES)
-        names = tuple(map(posixpath.normpath, manifest.table.columns["path"]))
-        pool = ImageEnvironment(Images(folder, names, size), np.arange(len(names)), y, c)
+        table = manifest.table
+        names = tuple(map(posixpath.normpath, table.columns["path"]))
+        images = Images(folder, names, size, source=table.path, lines=table.lines)
+        pool = ImageEnvironment(images, np.arange(len(names)), y, c)
         self.datasets = [
             pool.take(np.flatnonzero(manifest.e == e), augment=augments(hparams) and e not in held_out)
             for e in range(len(manifest.environments))

@@ -48,7 +48,7 @@ class Waterbirds(ComposedDataset):
         names = table.columns["img_filename"]
         ours = {"_input_array": names, "_split_array": splits, "_y_array": y}
         read_by_wilds("waterbirds_dataset", "WaterbirdsDataset", folder, ours)
-        images = Images(folder, tuple(names), image_size(hparams), crop="resized")
+        images = Images(folder, tuple(names), image_size(hparams), "resized", table.path, table.lines)
         self.lay_out(images, splits, y, place, place, hparams)
 
 

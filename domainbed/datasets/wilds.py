@@ -8,17 +8,19 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from domainbed.datasets.base import ImageEnvironment, MultipleDomainDataset, augments, image_size, register
 from domainbed.images import Images
-from domainbed.metadata import Problems, Table, read_csv
+from domainbed.metadata import Problems, Table, escapes, plain_csv, read_csv
 
 
 def import_wilds(module: str = "wilds") -> ModuleType:
@@ -64,6 +66,8 @@ def release_folder(root: str | None, name: str, version: str, needed: Sequence[s
 def read_by_wilds(module: str, class_name: str, folder: Path, ours: Mapping[str, Any] | None = None) -> Any:
     """The dataset object of wilds for the release in a folder; never downloads.
 
+    wilds is given the release's CSV files without what it would trip over: byte-order marks, blanks around cells.
+
     Args:
         module: of wilds.datasets.
         class_name: in that module.
@@ -74,24 +78,29 @@ def read_by_wilds(module: str, class_name: str, folder: Path, ours: Mapping[str,
         ValueError: wilds can't read the metadata, or reads something else than we do.
     """
     source = import_wilds(f"wilds.datasets.{module}")
-    advice = "save its CSV files plainly: commas, no blanks around cells, whole numbers"
     try:
-        with _older_pandas(source):
+        with _lenient_pandas(source):
             dataset = getattr(source, class_name)(root_dir=str(folder.parent), download=False)
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder}: wilds can't read the metadata ({error!r}); {advice}") from error
+        raise ValueError(f"{folder}: wilds can't read the metadata ({error!r}); is the release whole?") from error
     for attribute, values in (ours or {}).items():
-        theirs = getattr(dataset, attribute)
-        if len(theirs) != len(values) or any(a != b for a, b in zip(_plain(theirs), values, strict=True)):
-            raise ValueError(f"{folder}: wilds reads the metadata otherwise than we do ({attribute}); {advice}")
+        theirs = _plain(getattr(dataset, attribute))
+        if len(theirs) != len(values):
+            raise ValueError(f"{folder}: wilds finds {len(theirs)} images in the metadata, we find {len(values)}")
+        for row, (a, b) in enumerate(zip(theirs, values, strict=True), 1):
+            if a != b:
+                raise ValueError(
+                    f"{folder}: wilds reads the metadata otherwise than we do: {attribute} of image {row} "
+                    f"is {a!r} for wilds, {b!r} for us; mend that row"
+                )
     return dataset
 
 
 @contextmanager
-def _older_pandas(module: Any) -> Iterator[None]:
-    """Lets a module of wilds 2.0 write to the arrays of its tables, which pandas 3 makes read-only.
+def _lenient_pandas(module: Any) -> Iterator[None]:
+    """Lets a module of wilds 2.0 read CSV files as ours, and write to the arrays of its tables.
 
-    Large CSV files give such arrays, small ones don't. Silenced are what torch says of read-only columns, to which
+    Pandas 3 makes these read-only where the file is large. Silenced are what torch says of read-only columns, to which
     nobody writes, and what wilds says of its own groups, which nobody uses.
     """
     pandas = module.pd
@@ -100,8 +109,11 @@ def _older_pandas(module: Any) -> Iterator[None]:
         _constructor = property(lambda self: Frame)
         values = property(lambda self: pandas.DataFrame(self).to_numpy(copy=True))
 
+    def read(path: Any, *args: Any, **kwargs: Any) -> Frame:
+        return Frame(pandas.read_csv(plain_csv(Path(path)), *args, **kwargs))
+
     stand_in = ModuleType("pandas")
-    stand_in.__dict__.update(vars(pandas), read_csv=lambda *args, **kwargs: Frame(pandas.read_csv(*args, **kwargs)))
+    stand_in.__dict__.update(vars(pandas), read_csv=read)
     module.pd = stand_in
     try:
         with warnings.catch_warnings():
@@ -116,17 +128,67 @@ def _plain(values: Any) -> list[Any]:
 
 
 def image_paths(dataset: Any) -> list[str]:
-    """Where a dataset of wilds finds its images, relative to its folder.
-
-    Raises:
-        ValueError: it keeps no such list.
-    """
+    """Where a dataset of wilds finds its images, relative to its folder; empty: it keeps no such list."""
     if hasattr(dataset, "full_idxs"):  # numbered files, of which some are left out
         return [f"images/rgb_img_{number}.png" for number in dataset.full_idxs]
     paths = _plain(getattr(dataset, "_input_array", ()))
-    if len(paths) != len(dataset) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"{type(dataset).__name__} keeps no list of files; override image_paths in your dataset class")
-    return paths
+    return paths if len(paths) == len(dataset) and all(isinstance(path, str) for path in paths) else []
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs(Images):
+    """Images that a dataset of wilds reads by its ``get_input``, as no list tells where they lie; they are not cached.
+
+    Attributes:
+        dataset: the object of wilds.
+    """
+
+    dataset: Any = None
+
+    def open(self, position: int) -> Image.Image:
+        """The image at a position, as RGB.
+
+        Raises:
+            ValueError: the dataset holds something else than images.
+        """
+        image = self.dataset.get_input(position)
+        if not isinstance(image, Image.Image):
+            name = type(self.dataset).__name__
+            raise ValueError(f"{name} gives a {type(image).__name__}, no PIL image; give its environments a transform")
+        return image.convert("RGB")
+
+    def check(self) -> None:
+        """There are no files to be looked at."""
+
+    def content_key(self) -> str:
+        """There are no files by which a cache could be known.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{type(self.dataset).__name__} reads its images itself; take --input_pipeline pil")
+
+
+def image_pool(dataset: Any, paths: Sequence[str], size: int = 224) -> Images:
+    """The images of a dataset of wilds: the listed files, or whatever it reads itself where they are not there."""
+    folder = Path(getattr(dataset, "data_dir", ""))
+    if paths and (_is_file(folder, paths[0]) or not _reads(dataset)):  # if neither, the missing files are named later
+        return Images(folder, tuple(paths), size, crop="resized")
+    return Inputs(folder, tuple(map(str, range(len(dataset.y_array)))), size, crop="resized", dataset=dataset)
+
+
+def _is_file(folder: Path, path: str) -> bool:
+    return not escapes(path) and (folder / path).is_file()
+
+
+def _reads(dataset: Any) -> bool:
+    try:
+        first = dataset.get_input(0)
+        if isinstance(first, Image.Image):
+            first.load()
+    except OSError:
+        return False
+    return True
 
 
 class WILDSEnvironment(ImageEnvironment):
@@ -137,7 +199,7 @@ class WILDSEnvironment(ImageEnvironment):
         metadata_name: a field of its metadata.
         metadata_value: the value.
         transform: PIL image -> tensor, in place of the input pipeline and its augmentation.
-        images: the pool of all its images; None: 224 px, from ``image_paths``.
+        images: the pool of all its images; None: its ``image_pool``, at 224 px.
         augment: training draws random crops, flips and colours.
 
     Attributes:
@@ -158,8 +220,8 @@ class WILDSEnvironment(ImageEnvironment):
         self.name, self.dataset, self.transform = f"{metadata_name}_{metadata_value}", wilds_dataset, transform
         column = wilds_dataset.metadata_array[:, wilds_dataset.metadata_fields.index(metadata_name)]
         self.indices: Tensor = torch.where(column == metadata_value)[0]
-        if images is None:
-            images = Images(Path(wilds_dataset.data_dir), tuple(image_paths(wilds_dataset)), crop="resized")
+        if images is None:  # a transform needs no files
+            images = image_pool(wilds_dataset, image_paths(wilds_dataset) if transform is None else ())
         super().__init__(images, self.indices, wilds_dataset.y_array[self.indices], augment=augment)
 
     def read(self, key: int, rng: np.random.Generator | None = None) -> Any:
@@ -167,10 +229,6 @@ class WILDSEnvironment(ImageEnvironment):
         if self.transform is None:
             return super().read(key, rng)
         return self.transform(self.dataset.get_input(int(self.indices[key])))
-
-    def finish(self, batch: Any) -> Tensor:
-        """As every environment; with a transform there is nothing left to do."""
-        return super().finish(batch) if self.transform is None else batch
 
 
 class WILDSDataset(MultipleDomainDataset):
@@ -194,7 +252,7 @@ class WILDSDataset(MultipleDomainDataset):
     ):
         size = image_size(hparams)
         self.input_shape, self.num_classes = (3, size, size), int(dataset.n_classes)
-        images = Images(Path(dataset.data_dir), tuple(self.image_paths(dataset)), size, crop="resized")
+        images = image_pool(dataset, self.image_paths(dataset), size)
         values = self.metadata_values(dataset, metadata_name)
         expected = type(self).ENVIRONMENTS
         if expected is not None and len(values) != len(expected):
@@ -208,7 +266,7 @@ class WILDSDataset(MultipleDomainDataset):
         ]
 
     def image_paths(self, dataset: Any) -> list[str]:
-        """Files of the images relative to the dataset's folder; override it for datasets that keep them elsewhere."""
+        """Files of the images relative to the dataset's folder; override it where they lie elsewhere, to cache them."""
         return image_paths(dataset)
 
     def metadata_values(self, wilds_dataset: Any, metadata_name: str) -> list[int]:

@@ -128,12 +128,29 @@ def test_a_product_of_confounders(root: Path) -> None:
         (["Yuong"], "confounder of CelebA not found: Yuong; did you mean Young"),
         (["Blond_Hair"], "confounder of CelebA not found: Blond_Hair"),
         (["Young", "Young"], "one is named twice"),
-        (["Wearing_Hat"], "all training images have the confounder 'not Wearing_Hat'"),
+        (["Wearing_Hat"], r"list_attr_celeba\.csv: all training images have the confounder 'not Wearing_Hat'"),
+        (["Male", "Wearing_Hat"], r"list_attr_celeba\.csv: all training images have the confounder 'not Wearing_Hat'"),
     ],
 )
 def test_confounders_that_can_not_be(root: Path, named: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(root, named)
+
+
+def test_an_attribute_must_vary_in_training(root: Path) -> None:
+    path = root / "celebA_v1.0" / "list_attr_celeba.csv"
+    header, *lines = path.read_text().splitlines()
+    assert all(line.endswith(",-1") for line in lines)
+    hats = [f"{line[:-2]}1" if split else line for line, (split, _, _) in zip(lines, TABLE, strict=True)]
+    path.write_text("\n".join([header, *hats]))
+    with pytest.raises(ValueError, match="all training images have the confounder 'not Wearing_Hat'"):
+        build(root, ["Male", "Wearing_Hat"])
+
+
+def test_an_unreadable_image_is_named_with_its_line(root: Path) -> None:
+    (root / "celebA_v1.0" / "img_align_celeba" / "000003.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"list_attr_celeba\.csv:\n  line 4: 000003\.jpg: not an image"):
+        build(root).use_input_pipeline("pil")
 
 
 def test_all_bad_rows_are_listed(root: Path) -> None:

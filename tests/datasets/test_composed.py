@@ -120,6 +120,42 @@ def test_counts_are_within_one_image_of_the_proportions(seed: int) -> None:
     assert (counts.sum(axis=0) <= have).all()
 
 
+def extreme(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Up to three million images of 2 to 6 groups, and proportions down to 1e-10 for 1 to 4 environments."""
+    n, m = rng.integers(1, 5), rng.integers(2, 7)
+    have = np.round(10 ** rng.uniform(0, 6.5, m)).astype(int)
+    even = rng.random() < 0.5
+    proportions = 10 ** rng.uniform(-10, 0, (n, m)) if even else rng.dirichlet(np.full(m, rng.choice([0.1, 1])), n)
+    return have, proportions / proportions.sum(axis=1, keepdims=True)
+
+
+def test_proportions_on_which_the_solver_once_failed() -> None:
+    proportions = [[1.0, 8.7e-5, 5.6e-4], [0.91, 0.088, 2.6e-5], [1.1e-6, 0.019, 0.98], [0.2, 0.8, 4.7e-10]]
+    counts = composed_counts([62164, 5036, 1610], proportions)
+    assert (counts.sum(axis=0) <= [62164, 5036, 1610]).all()
+    assert counts[:, 1:].sum() > 5036 + 1610 - 8  # both groups are used up, but for rounding
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_extreme_proportions_fit_or_can_not_be_had(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    have, proportions = extreme(rng)
+    alike = (have / proportions.sum(axis=0)).min()
+    if alike < 1 - 1e-6:
+        with pytest.raises(ValueError, match="too few images for one in each environment"):
+            composed_counts(have, proportions)
+        return
+    counts = composed_counts(have, proportions)
+    sizes = counts.sum(axis=1)
+    assert sizes.min() >= max(1, np.floor(alike / 2 * (1 - 1e-3)))
+    assert sizes.sum() > len(sizes) * (alike * (1 - 1e-3) - 1)  # sizes are rounded down one by one
+    for some in (sizes, np.maximum(1, (sizes * rng.random(len(sizes))).astype(int))):
+        counts = composed_counts(have, proportions, some.tolist())
+        assert abs(counts - some[:, None] * proportions).max() < 1
+        assert (counts.sum(axis=1) == some).all()
+        assert (counts.sum(axis=0) <= have).all()
+
+
 def test_rounding_never_takes_more_than_there_is() -> None:
     counts = composed_counts([3, 3], [[0.5, 0.5], [0.5, 0.5]], [3, 3])
     assert sorted(counts.tolist()) == [[1, 2], [2, 1]]
@@ -194,13 +230,15 @@ def test_divide_deals_every_image_where_shares_sum_to_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([5, 0], [[0.5, 0.5]]), r"no image: g = y \* V \+ c = \[1\]"),
+        (([5, 0], [[0.5, 0.5]]), "ask for groups of which there is no image: group 1"),
         (([5, 5], [[0.5, 0.4]]), "sum to 1 in each environment"),
         (([5, 5], [[1.5, -0.5]]), "sum to 1 in each environment"),
         (([5, 5, 5], [[0.5, 0.5]]), "the pool has 3 groups, the proportions are for 2"),
-        (([5, 5], [[0.5, 0.5]], [11]), r"need \[6, 6\] images of the groups \[0, 1\], and there are \[5, 5\]; \[10\]"),
+        (([5, 5], [[0.5, 0.5]], [11]), r"need \[6, 6\] images of the groups group 0; group 1, and .* \[5, 5\]; \[10\]"),
         (([5, 5], [[0.5, 0.5]], [1, 2]), "each needs an image or more"),
         (([5, 1], [[1.0, 0.0], [0.0, 1.0]], [5, 0]), "each needs an image or more"),
+        (([9, 1], [[0.2, 0.8], [0.1, 0.9]]), "too few images for one in each environment of the groups group 1"),
+        (([9, 1], [[0.2, 0.8], [0.1, 0.9]], [1, 1]), "too few images for one in each environment"),
     ],
 )
 def test_what_can_not_be_had_is_said(arguments, message: str) -> None:
@@ -209,6 +247,9 @@ def test_what_can_not_be_had_is_said(arguments, message: str) -> None:
 
 
 def test_compose_says_what_a_pool_lacks(tmp_path: Path) -> None:
+    without = InMemoryEnvironment(torch.zeros(3, 1, 1, 1), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))
+    with pytest.raises(ValueError, match="no image: label 1, confounder 1"):
+        compose(without, PROPORTIONS)
     with pytest.raises(ValueError, match="labels 0 to 0, and the pool's go from 0 to 1"):
         compose(pool(), [[[0.5, 0.5]]])
     with pytest.raises(ValueError, match=r"shape \(1, 4\); give a table"):

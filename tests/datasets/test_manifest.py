@@ -203,7 +203,7 @@ def test_a_label_without_training_images_is_a_warning(tmp_path: Path, caplog: py
 def test_damaged_images_are_named_before_training(tmp_path: Path) -> None:
     csv = tree(tmp_path, OFFICIAL)
     (tmp_path / "a" / "3.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"a/3\.png: not an image"):
+    with pytest.raises(ValueError, match=r"birds\.csv:\n  line 4: a/3\.png: not an image"):
         built(csv).use_input_pipeline("pil")
 
 

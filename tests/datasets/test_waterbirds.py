@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_all_bad_rows_are_listed(root: Path) -> None:
     ("change", "message"),
     [
         (lambda t: [row.__setitem__(3, 0) for row in t], "no image to validation and test"),
-        (lambda t: [row.__setitem__(4, 1) for row in t if row[3] == 0], "have the confounder 'water'"),
+        (lambda t: [row.__setitem__(4, 1) for row in t if row[3] == 0], r"metadata\.csv: all .* confounder 'water'"),
         (lambda t: t.__setitem__(slice(None), t[:0]), "holds no rows"),
     ],
 )  # fmt: skip
@@ -210,16 +211,41 @@ def test_dialects_of_csv(tmp_path: Path, options: dict) -> None:
     assert sum(map(len, build(tmp_path))) == len(ROWS)
 
 
-def test_blanks_that_wilds_would_misread(root: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(",", ", "),
+        lambda text: text.replace(",", " ,"),
+        lambda text: text.replace(".jpg,", ".jpg ,", 1),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: re.sub(r",(\d),(\d),(\d),", r",\1.0,+\2,\3.,", text),
+        lambda text: re.sub(r"/l/(.*)", r'"/l, or ""r""/\1"', text),
+    ],
+)
+def test_ways_of_writing_that_wilds_would_misread(root: Path, change: Callable[[str], str]) -> None:
+    metadata, plain = root / "waterbirds_v1.0" / "metadata.csv", build(root)
+    changed = change(metadata.read_text())
+    assert changed != metadata.read_text()
+    metadata.write_text(changed)
+    for environment, expected in zip(build(root), plain, strict=True):
+        assert environment.positions.tolist() == expected.positions.tolist()
+        assert environment.images.paths == expected.images.paths
+        assert environment.y.tolist() == expected.y.tolist()
+
+
+def test_a_row_that_wilds_reads_otherwise_is_named(root: Path) -> None:
+    first = ROWS[0][1]
+    (root / "waterbirds_v1.0" / first).rename(root / "waterbirds_v1.0" / "NA")  # no number, says pandas
     metadata = root / "waterbirds_v1.0" / "metadata.csv"
-    text = metadata.read_text()
-    metadata.write_text(text.replace(",", ", "))
-    with pytest.raises(ValueError, match=r"wilds can't read the metadata .* no blanks around cells"):
+    metadata.write_text(metadata.read_text().replace(first, "NA"))
+    with pytest.raises(ValueError, match=r"_input_array of image 1 is nan for wilds, 'NA' for us"):
         build(root)
-    header, rest = text.split("\n", 1)
-    metadata.write_text(f"{header}\n{rest.replace('.jpg,', '.jpg ,', 1)}")
-    with pytest.raises(ValueError, match="wilds reads the metadata otherwise than we do"):
-        build(root)
+
+
+def test_an_unreadable_image_is_named_with_the_line_of_the_metadata(root: Path) -> None:
+    (root / "waterbirds_v1.0" / ROWS[7][1]).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"take them out of .*metadata\.csv:\n  line 9: {ROWS[7][1]}: not an image"):
+        build(root).use_input_pipeline("pil")
 
 
 def test_unknown_reading(root: Path) -> None:
@@ -229,8 +255,10 @@ def test_unknown_reading(root: Path) -> None:
 
 def test_too_few_training_images(tmp_path: Path) -> None:
     write(tmp_path, rows({0: (1, 0, 0, 1), 1: (1, 1, 1, 1), 2: (1, 1, 1, 1)}))
-    with pytest.raises(ValueError, match="no image: g = y"):
+    with pytest.raises(ValueError, match=r"Waterbirds, environments subsample: .* no image") as caught:
         build(tmp_path, environments="subsample")
+    assert "no image: landbird, water; waterbird, land; complete the release" in str(caught.value)
+    assert """take --hparams '{"environments": "shares"}'""" in str(caught.value)
     write(tmp_path, rows({0: (1, 0, 1, 0), 1: (1, 1, 1, 1), 2: (1, 1, 1, 1)}))
     with pytest.raises(ValueError, match="all training images have the confounder 'land'"):
         build(tmp_path)

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from domainbed import datasets
+from domainbed import augmentation, datasets
 from domainbed.datasets.wilds import WILDSDataset, WILDSEnvironment, read_by_wilds
+from domainbed.input_pipelines import MEAN, STD
 from domainbed.loaders import evaluation_batches
 
 CODE = """
@@ -150,8 +153,9 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
         datasets.WILDSFMoW(str(tmp_path), [1], {})
 
 
-def test_a_missing_image_is_named_before_training(tmp_path: Path) -> None:
-    name, *_ = camelyon(tmp_path)[4]
+@pytest.mark.parametrize("number", [0, 4])
+def test_a_missing_image_is_named_before_training(tmp_path: Path, number: int) -> None:
+    name, *_ = camelyon(tmp_path)[number]
     (tmp_path / "camelyon17_v1.0" / name).unlink()
     with pytest.raises(ValueError, match=f"1 of 30 images .*(?s:.)*{name}: no such file"):
         datasets.WILDSCamelyon(str(tmp_path), [1], {}).use_input_pipeline("pil")
@@ -189,6 +193,114 @@ def test_an_environment_with_a_transform_of_its_own(tmp_path: Path) -> None:
     assert x[:, 0].tolist() == [4 * i for i in rows]
     assert [int(environment[k][0][0]) for k in range(6)] == [4 * i for i in rows]
     assert y.tolist() == [known[i][1] for i in rows]
+
+
+class Elsewhere:
+    """Like iWildCam of wilds: its list does not say in which folder of the data the images lie."""
+
+    metadata_fields = ["place", "y"]
+    n_classes = 2
+
+    def __init__(self, folder: Path):
+        self.data_dir, self._input_array = folder, np.array([f"{i}.png" for i in range(4)], dtype=object)
+        self.y_array = torch.tensor([0, 1, 1, 0])
+        self.metadata_array = torch.stack([torch.tensor([0, 0, 1, 1]), self.y_array], 1)
+        for i in range(4):
+            picture(folder / "train" / f"{i}.png", 60 * i)
+
+    def __len__(self) -> int:
+        return len(self.y_array)
+
+    def get_input(self, i: int) -> Any:
+        return Image.open(self.data_dir / "train" / self._input_array[i])
+
+
+class Unlisted(Elsewhere):
+    """Keeps no list, and its pictures are drawn."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        del self._input_array
+
+    def get_input(self, i: int) -> Any:
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).convert("RGBA")
+
+
+class Spectra(Unlisted):
+    """Like PovertyMap of wilds: no files of images, and more channels than a picture has."""
+
+    def get_input(self, i: int) -> Any:
+        return torch.full((8, 2, 2), float(i))
+
+
+class ByPlace(WILDSDataset):
+    ENVIRONMENTS = ["place_0", "place_1"]
+
+    def __init__(self, source: Any, test_envs: list[int]):
+        super().__init__(source, "place", test_envs, True, {"image_size": 8})
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, Unlisted])
+def test_images_that_no_list_names_are_read_by_the_dataset(tmp_path: Path, kind: type[Elsewhere]) -> None:
+    source = kind(tmp_path)
+    dataset = ByPlace(source, [1])
+    dataset.use_input_pipeline("pil")
+    for environment, rows in zip(dataset, ([0, 1], [2, 3]), strict=True):
+        (x, y), *_ = evaluation_batches(environment, np.arange(2))
+        assert y.tolist() == [int(source.y_array[row]) for row in rows]
+        for image, row in zip(x, rows, strict=True):
+            expected = np.asarray(source.get_input(row).convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)) / 255
+            shown = image.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
+            assert abs(shown - torch.from_numpy(expected)).max() < 1e-5
+    with pytest.raises(ValueError, match=f"{kind.__name__} reads its images itself; take --input_pipeline pil"):
+        dataset.use_input_pipeline("device")
+
+
+def test_images_that_the_dataset_reads_are_augmented_in_training_only(tmp_path: Path) -> None:
+    source = Unlisted(tmp_path)
+    training, test = ByPlace(source, [1])
+    squashed = source.get_input(1).convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
+    change = augmentation.draw(np.random.default_rng(5), 8, 8, crop=True)
+    expected = np.asarray(augmentation.apply_pil(squashed, change, 8)).transpose(2, 0, 1)
+    assert np.array_equal(training.read(1, np.random.default_rng(5)), expected)
+    assert not np.array_equal(training.read(1), expected)
+    assert torch.equal(test.read(1, np.random.default_rng(5)), test.read(1))
+
+
+def test_a_transform_needs_no_list_of_files(tmp_path: Path) -> None:
+    environment = WILDSEnvironment(Spectra(tmp_path), "place", 1, transform=lambda x: x.mean((1, 2)))
+    (x, y), *_ = evaluation_batches(environment, np.arange(2))
+    assert x.tolist() == [[2.0] * 8, [3.0] * 8]
+    assert y.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="Spectra gives a Tensor, no PIL image; give its environments a transform"):
+        ByPlace(Spectra(tmp_path), [1])[0][0]
+
+
+def test_a_list_of_files_that_are_there_is_kept(tmp_path: Path) -> None:
+    source = Elsewhere(tmp_path)
+
+    class Found(ByPlace):
+        def image_paths(self, dataset: Any) -> list[str]:
+            return [f"train/{name}" for name in dataset._input_array]
+
+    assert Found(source, [1])[0].images.paths == tuple(f"train/{i}.png" for i in range(4))
+    (tmp_path / "train" / "0.png").unlink()  # nobody can read it
+    with pytest.raises(ValueError, match=r"1 of 4 images .*\n  train/0\.png: no such file"):
+        Found(source, [1]).use_input_pipeline("pil")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: "\ufeff" + text.replace(",", " , "), lambda text: text.replace("\n", "\r\n")]
+)
+def test_metadata_in_another_dialect(tmp_path: Path, change: Callable[[str], str]) -> None:
+    camelyon(tmp_path)
+    fmow(tmp_path)
+    sets = (datasets.WILDSCamelyon, datasets.WILDSFMoW)
+    expected = [[(files(e), e.y.tolist()) for e in cls(str(tmp_path), [1], {})] for cls in sets]
+    for path in tmp_path.glob("*/*.csv"):
+        path.write_bytes(change(path.read_text()).encode())
+    assert [[(files(e), e.y.tolist()) for e in cls(str(tmp_path), [1], {})] for cls in sets] == expected
 
 
 def test_published_counts_of_the_release() -> None:
