@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 Pair = tuple[Any, Callable[[Any], Any]]  # default, draw(RandomState)
 
 # Read by networks and datasets where they are given, without a default in the table.
-OPTIONAL = frozenset(
-    {"backbone", "pretrained", "weights", "channels_last", "image_size", "mlp_width", "mlp_depth", "mlp_dropout"}
-)
+OPTIONAL: dict[str, Any] = {  # with what comes nearest to a default
+    "backbone": "resnet50", "pretrained": True, "weights": "IMAGENET1K_V1", "channels_last": True, "image_size": 224,
+    "mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, An
     for name, value in given.items():
         if name in table:
             _check_type(name, value, table[name][0])
-        elif name not in OPTIONAL:
+        elif name in OPTIONAL:
+            _check_type(name, value, OPTIONAL[name])
+        else:
             _check_name(algorithm_class, name, sorted({*table, *OPTIONAL}))
 
 

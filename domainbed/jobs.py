@@ -138,12 +138,17 @@ def _check_test_envs(dataset: str, envs: Sequence[int], n: int) -> None:
 
 
 def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> bool:
-    """Whether the test environments leave as many to train on as the row's algorithm compares; warns if not.
+    """Whether a job can run: warns of rows that need a confounder that the dataset lacks, or more environments.
 
-    DomainBed's pairs of test environments leave a single one where there are three.
+    DomainBed's pairs of test environments leave a single one to train on where there are three.
     """
     default = registry.attribute("algorithms", row["algorithm"], "PARTITION", "environment")
     least = registry.attribute("algorithms", row["algorithm"], "MIN_PARTS", 1)
+    grouped = row.get("partition", default) in ("group", "confounder")
+    needs = grouped or registry.attribute("algorithms", row["algorithm"], "NEEDS_CONFOUNDERS", False)
+    if needs and not (row.get("confounders") or registry.attribute("datasets", dataset, "CONFOUNDERS")):
+        logger.warning("left out: %s on %s, which knows no confounder", row["algorithm"], dataset)
+        return False
     n = len(registry.attribute("datasets", dataset, "ENVIRONMENTS"))
     left = n - len({*envs, *registry.attribute("datasets", dataset, "VALIDATION_ENVS", ())})
     if row.get("partition", default) != "environment" or left >= least:
@@ -202,7 +207,7 @@ def make_args_list(
     shared = {key: value for key, value in optional.items() if value is not None and value is not False}
     shared |= {"task": task, "holdout_fraction": holdout_fraction}
     cells = {
-        (position, dataset): [envs for envs in test_envs[dataset] if _trainable(row, dataset, envs)]
+        (position, dataset): [envs for envs in test_envs[dataset] if _trainable(shared | row, dataset, envs)]
         for position, row in enumerate(row_args)
         for dataset in dataset_names
     }

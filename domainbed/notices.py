@@ -31,6 +31,13 @@ def report_unseen(dataset: Any, trained: Sequence[Split], tested: Sequence[Split
         logger.info("%d of %d test groups never occur in training: %s", len(unseen), (asked > 0).sum(), names)
 
 
+def report_budget(splits: Sequence[Split]) -> None:
+    """Says how many training images keep their confounder, if not all do."""
+    if any(split.annotated is not None for split in splits):
+        kept = sum(int((split.c >= 0).sum()) for split in splits)
+        logger.info("%d of %d training images keep their confounder", kept, sum(map(len, splits)))
+
+
 def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
     """Warns of groups of the training images of which the budget annotates none, and which are thus never drawn."""
     present, annotated = (_counts(dataset, splits) for splits in (trained, known))

@@ -13,6 +13,11 @@ from domainbed.registry import Registry
 
 Integers = NDArray[np.int64]
 
+ADVICE = (
+    "take another dataset, name a confounder (a CSV file's column, --confounders), or take an algorithm and a "
+    "partition that need none"
+)
+
 REGISTRY: Registry[Any] = Registry("partition", ("environment", "random", "group", "confounder"))
 register = REGISTRY.register
 
@@ -56,7 +61,7 @@ def _by_value(name: str, values: Integers) -> list[Part]:
 
 def _require_confounder(partition: str, examples: Examples) -> None:
     if examples.num_confounders < 2:
-        raise ValueError(f"partition {partition} needs a dataset that knows its confounder; take environment or random")
+        raise ValueError(f"partition {partition} needs a dataset that knows its confounder; {ADVICE}")
     known = np.unique(examples.c[examples.c >= 0])
     if not len(known):
         raise ValueError(f"partition {partition} needs annotated images; the annotation budget leaves none, raise it")

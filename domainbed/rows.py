@@ -42,7 +42,8 @@ def declared(package: str, name: str, attribute: str, default: Any = None) -> An
         return registry.attribute(package, name, attribute, default)
     except (NotImplementedError, ImportError) as error:
         if registry.is_file(name):
-            _warn_once(f"{name}: its environments and their roles are not known ({error})")
+            where = "its path counts from where the runs were started: collect there"
+            _warn_once(f"{name}: its environments and their roles are not known ({error}); {where}")
         return default
 
 

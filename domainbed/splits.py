@@ -91,6 +91,8 @@ def _divide(keys: Integers, n: int, seed: int, units: Integers | None) -> tuple[
 
 def check_test_envs(dataset: MultipleDomainDataset, test_envs: Sequence[int]) -> None:
     """Raises ValueError for test environments that the dataset lacks, or that leave the wrong ones to train on."""
+    if len(set(test_envs)) < len(test_envs):
+        raise ValueError(f"--test_envs {' '.join(map(str, test_envs))}: name each environment once")
     name, allowed = type(dataset).__name__, [e for e in range(len(dataset)) if e not in dataset.VALIDATION_ENVS]
     for e in test_envs:
         if e not in allowed:

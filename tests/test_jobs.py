@@ -48,9 +48,15 @@ GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed an
 def declared(monkeypatch):
     """Some algorithms and datasets, in place of those that the package happens to have."""
     facts = {
-        "algorithms": {"ERM": {}, "IRM": {}, "Mixer": {"PARTITION": "random"}, "Pairs": {"MIN_PARTS": 2}},
+        "algorithms": {
+            "ERM": {},
+            "IRM": {},
+            "Mixer": {"PARTITION": "random"},
+            "Pairs": {"MIN_PARTS": 2},
+            "Seer": {"NEEDS_CONFOUNDERS": True},
+        },
         "datasets": {
-            "Debug28": {"ENVIRONMENTS": ("0", "1", "2")},
+            "Debug28": {"ENVIRONMENTS": ("0", "1", "2"), "CONFOUNDERS": ("even", "odd")},
             "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"], "NEEDS_DATA_DIR": True},
             "Two": {"ENVIRONMENTS": ("a", "b"), "NEEDS_DATA_DIR": True},
             "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,), "NEEDS_DATA_DIR": True},
@@ -305,3 +311,10 @@ def test_delete_spares_what_runs_or_is_done(three, held, capsys):
     assert Job.delete([three[2]]) == 1
     assert not os.path.exists(three[2].output_dir)
     assert capsys.readouterr().out.endswith("Deleted 1 jobs!\n")
+
+
+@pytest.mark.parametrize("algorithm", ["Seer", "ERM:group", "ERM:confounder"])
+def test_rows_that_need_a_confounder_are_left_out_where_there_is_none(algorithm, caplog):
+    assert len(grid(["Debug28", "Own"], [algorithm])) == 3
+    assert f"left out: {algorithm.partition(':')[0]} on Own, which knows no confounder" in caplog.text
+    assert len(grid(["Own"], [algorithm], confounders=["sex"])) == 1

@@ -106,6 +106,8 @@ def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[Sw
         OSError: the file can't be read.
         ValueError: it is no TOML, or holds a key or row that means nothing.
     """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such sweep file; name a TOML file, or give the sweep as flags")
     with open(path, "rb") as file:
         try:
             values = tomllib.load(file)

@@ -1,6 +1,7 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
 import argparse
+import inspect
 import math
 import platform
 import random
@@ -136,6 +137,9 @@ def _resolve(args: dict[str, Any]) -> dict[str, Any]:
     for name in ("steps", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction"):
         if args[name] is not None and args[name] < 0:
             raise ValueError(f"--{name} {args[name]}: must not be negative")
+    for name in ("steps", "checkpoint_freq"):
+        if args[name] == 0:
+            raise ValueError(f"--{name} 0: give 1 or more, or leave it out for the dataset's own")
     if max(args["holdout_fraction"], args["uda_holdout_fraction"]) >= 1:
         raise ValueError("--holdout_fraction and --uda_holdout_fraction are fractions below 1")
     names = args["algorithm"], args["dataset"]
@@ -251,8 +255,12 @@ def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> l
     if budget != 1 and dataset.num_confounders < 2:
         raise ValueError(f"--annotation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
     splits = annotate(trained, budget, args["trial_seed"])
+    notices.report_budget(splits)
     if not getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False):
         return splits
+    if dataset.num_confounders < 2:
+        cause = f"{args['algorithm']} learns from confounders, and {args['dataset']} knows none"
+        raise ValueError(f"{cause}; {partitions.ADVICE}")
     known = [split for split in map(Split.only_annotated, splits) if len(split)]
     if len({c for split in known for c in np.unique(split.c)}) < 2:
         raise ValueError(
@@ -293,11 +301,22 @@ def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
     given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None}
     if refused := given.keys() - set(dataset_class.OPTIONS):
         raise ValueError(f"{args['dataset']} leaves no choice of --{', --'.join(sorted(refused))}; leave it out")
-    dataset = dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
+    try:
+        dataset = dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}\n{layout(dataset_class)}") from error
     if isinstance(dataset, MultipleDomainDataset):  # DomainBed asks no such thing of a dataset
         dataset.check_arrays()
         notices.report_release(dataset)
     return dataset
+
+
+def layout(dataset_class: type) -> str:
+    """What the class's docstring says of the files, and where they come from."""
+    text = inspect.getdoc(dataset_class) or ""
+    words = text.partition("Layout:")[2].partition("\n\n")[0].split()
+    fetch = "`python -m domainbed.scripts.download --list` says which files can be downloaded"
+    return f"Layout below --data_dir: {' '.join(words)}\n{fetch}" if words else fetch
 
 
 def build_loader(

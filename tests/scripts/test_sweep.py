@@ -152,7 +152,11 @@ def declared(monkeypatch):
     def attribute(package, name, attribute, default=None):
         if name not in names[package]:
             raise NotImplementedError(messages.not_found(package[:-1], name, names[package]))
-        facts = {"ENVIRONMENTS": tuple("abcd") if name == "Four" else tuple("abc"), "NEEDS_DATA_DIR": name == "Four"}
+        facts = {
+            "ENVIRONMENTS": tuple("abcd") if name == "Four" else tuple("abc"),
+            "NEEDS_DATA_DIR": name == "Four",
+            "CONFOUNDERS": "ab",
+        }
         return facts.get(attribute, default)
 
     monkeypatch.setattr(registry, "names", names.get)
