@@ -198,5 +198,5 @@ def test_missing_images_are_named(csv: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"line 5: path '3\.png': no such file"):
         describe.main(["--dataset", csv])
     Image.new("RGB", (4, 4)).save(tmp_path / "3.png")
-    with pytest.raises(BadInput, match=r"1 of 12 images (.*\n) +5\.png: not an image"):
+    with pytest.raises(BadInput, match=r"1 of 12 images (.*\n) +line 7: 5\.png: not an image"):
         describe.main(["--dataset", csv])
