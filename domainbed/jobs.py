@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from domainbed import overrides, registry, run_directory
 from domainbed.seeding import seed_hash
 
 logger = logging.getLogger(__name__)
+
+_ERROR = re.compile(r"(error|[A-Za-z_.]*(Error|BadInput)): ")  # as scripts and tracebacks begin them
 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = (
@@ -288,11 +291,11 @@ class Job:
         return self.state == Job.INCOMPLETE and run_directory.is_running(self.output_dir)
 
     def last_error(self) -> str:
-        """The last error message, or else the last line, that the job wrote to its stderr."""
+        """The first line of the last error, or else the last line, that the job wrote to its stderr."""
         path = Path(self.output_dir, "err.txt")
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error:")]
+        errors = [line.removeprefix("domainbed.scripts.BadInput: ") for line in lines if _ERROR.match(line)]
         return (errors or lines or ["(err.txt says nothing)"])[-1]
 
     @staticmethod

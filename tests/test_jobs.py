@@ -300,6 +300,12 @@ def test_last_error(tmp_path):
     os.makedirs(job.output_dir)
     Path(job.output_dir, "err.txt").write_bytes(b"Traceback\nValueError: \xff no\n\n")
     assert job.last_error() == "ValueError: \ufffd no"
+    Path(job.output_dir, "err.txt").write_text(
+        "Traceback\ndomainbed.scripts.BadInput: a.csv: 2 bad rows\n  line 3: no\n"
+    )
+    assert job.last_error() == "a.csv: 2 bad rows"
+    Path(job.output_dir, "err.txt").write_text("killed\n")
+    assert job.last_error() == "killed"
 
 
 def test_delete_spares_what_runs_or_is_done(three, held, capsys):
