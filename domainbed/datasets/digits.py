@@ -114,7 +114,7 @@ class ColoredDigits(Digits):
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
     TEST_ENVS = (2,)
-    CLASSES = ("5 to 9", "0 to 4")
+    CLASSES = ("mostly 5 to 9", "mostly 0 to 4")  # a quarter of the labels is flipped
     CONFOUNDERS = ("channel 0", "channel 1")
     COPIES = 5  # images of one scan
 

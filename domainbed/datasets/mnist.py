@@ -92,7 +92,7 @@ class ColoredMNIST(MultipleEnvironmentMNIST):
     """
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
-    CLASSES = ("5 to 9", "0 to 4")
+    CLASSES = ("mostly 5 to 9", "mostly 0 to 4")  # a quarter of the labels is flipped
     CONFOUNDERS = ("channel 0", "channel 1")
     HPARAMS_SIZE = "small"
     PUBLISHED_COUNTS = {"+90%": 23334, "+80%": 23333, "-90%": 23333}
