@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from domainbed import machine
 from domainbed.datasets.base import InMemoryEnvironment, Integers, leaves, locate
-from domainbed.lib.misc import balanced_weights, labels
+from domainbed.lib.misc import balanced_weights
 from domainbed.partitions import Examples, Part, rows_per_part
 from domainbed.splits import Split
 
@@ -52,7 +52,7 @@ class Minibatch(tuple[Tensor, Tensor]):
 def examples_of(splits: Sequence[Split], num_confounders: int) -> Examples:
     """The aligned arrays of the splits' examples, one split after the other."""
     return Examples(
-        labels=lambda: np.concatenate([labels(split.environment)[split.keys] for split in splits]),
+        labels=lambda: np.concatenate([split.y for split in splits]),
         c=np.concatenate([split.c for split in splits]),
         e=np.concatenate([np.full(len(split), split.env) for split in splits]),
         num_confounders=num_confounders,

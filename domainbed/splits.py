@@ -1,6 +1,7 @@
 """Environments -> in-, out- and uda-splits: which images are trained on, held out, tested, annotated."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @functools.cached_property
+    def y(self) -> Integers:
+        """The labels (N,); asked for once, since some environments must open every image for theirs."""
+        return misc.labels(self.environment)[self.keys]
 
     @property
     def c(self) -> Integers:

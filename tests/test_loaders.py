@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from domainbed import partitions
 from domainbed.datasets.base import InMemoryEnvironment
 from domainbed.lib.misc import split_dataset
-from domainbed.loaders import Minibatch, TrainingLoader, evaluation_batches
+from domainbed.loaders import Minibatch, TrainingLoader, evaluation_batches, group_counts
 from domainbed.splits import Split
 
 
@@ -263,3 +263,21 @@ def test_a_step_is_as_large_when_a_budget_empties_an_environment() -> None:
     options = {"partition": partitions.REGISTRY["random"], "batch_size": 12, "num_confounders": 3}
     whole, rest = TrainingLoader(splits(), **options), TrainingLoader(splits()[:1], **options, num_environments=2)
     assert [len(next(iter(loader_))[0][0]) for loader_ in (whole, rest)] == [24, 24]
+
+
+def test_labels_that_every_image_must_be_opened_for_are_asked_for_once() -> None:
+    opened: list[int] = []
+
+    class Untold(Opened):
+        def __init__(self, inner: InMemoryEnvironment):
+            self.inner, self.c = inner, inner.c
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            opened.append(i)
+            return super().__getitem__(i)
+
+    untold = splits(Untold)
+    counts = group_counts(untold, 2, 3)
+    loader_ = TrainingLoader(untold, partitions.REGISTRY["group"], 12, num_confounders=3)
+    assert counts == loader_.group_counts(2) == group_counts(splits(), 2, 3)
+    assert len(opened) == 2 * 40
