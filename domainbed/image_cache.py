@@ -13,7 +13,6 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,10 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from domainbed import machine
-from domainbed.images import CACHE_VARIABLE, Images, cache_directory
+from domainbed.images import CACHE_VARIABLE, Images, cache_directory, in_threads
 
 FORMAT = 1
 SUFFIX, PARTIAL = ".uint8", ".partial"
-CHUNK = 256  # images between two looks at the clock
-LOG_EVERY_S = 10.0
 FORGOTTEN_S = 86400.0  # a partial file of another machine that was not written to for a day has no builder
 
 logger = logging.getLogger(__name__)
@@ -169,25 +165,17 @@ def _no_space(images: Images, folder: Path) -> OSError:
 
 
 def _decode_all(images: Images, path: Path) -> None:
-    """Writes the pixels of all images, then their sizes.
-
-    Threads suffice: PIL decodes, resizes and the system writes without Python's lock.
-    """
+    """Writes the pixels of all images, then their sizes."""
     logger.info("decoding %d images of %s into %s, %.3f GB", len(images), images.root, path, _bytes(images) / 1e9)
     per_image = images.size**2 * 3
     original = np.empty((len(images), 2), np.int32)
-    logged = time.monotonic()
-    with open(path, "wb") as file, ThreadPoolExecutor(machine.cores()) as pool:
+    with open(path, "wb") as file:
 
         def decode(position: int) -> None:
             pixels, original[position] = _decode(images, position)
             os.pwrite(file.fileno(), pixels.data, position * per_image)
 
-        for start in range(0, len(images), CHUNK):
-            list(pool.map(decode, range(start, min(start + CHUNK, len(images)))))
-            if time.monotonic() - logged > LOG_EVERY_S:
-                logged = time.monotonic()
-                logger.info("decoded %d of %d images", min(start + CHUNK, len(images)), len(images))
+        in_threads(decode, range(len(images)), lambda done: logger.info("decoded %d of %d images", done, len(images)))
         file.seek(len(images) * per_image)
         file.write(original.tobytes())
         file.flush()

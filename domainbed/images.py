@@ -7,10 +7,11 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -32,6 +33,9 @@ SHOWN = 0.1  # of an image's rows, to call it a photograph that lacks its last b
 BLANK = "next to nothing of it can be decoded"
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +127,30 @@ class Images:
         yield from (f"{names[path]}: {trouble}" for path, trouble in _troubles(self.root, list(names)) if trouble)
 
 
-def _troubles(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each path with what is wrong with the file, "" for most. Threads suffice: PIL decodes without Python's lock."""
-    found: list[str] = []
+def in_threads(work: Callable[[T], R], items: Sequence[T], report: Callable[[int], None]) -> list[R]:
+    """What ``work`` makes of each item. Threads, one a core, suffice: PIL decodes and resizes without Python's lock.
+
+    Args:
+        report: is told every ten seconds how many items are done.
+    """
+    found: list[R] = []
     logged = time.monotonic()
     with ThreadPoolExecutor(machine.cores()) as pool:
-        for start in range(0, len(paths), CHUNK):
-            found += pool.map(functools.partial(_trouble, root), paths[start : start + CHUNK])
+        for start in range(0, len(items), CHUNK):
+            found += pool.map(work, items[start : start + CHUNK])
             if time.monotonic() - logged > LOG_EVERY_S:
                 logged = time.monotonic()
-                logger.info("checked %d of %d images in %s, once for all jobs", len(found), len(paths), root)
-    for path, trouble in zip(paths, found, strict=True):
+                report(len(found))
+    return found
+
+
+def _troubles(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each path with what is wrong with the file, "" for most."""
+
+    def report(done: int) -> None:
+        logger.info("checked %d of %d images in %s, once for all jobs", done, len(paths), root)
+
+    for path, trouble in zip(paths, in_threads(functools.partial(_trouble, root), paths, report), strict=True):
         yield path, "" if trouble == BLANK and _is_whole(root / path) else trouble
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from domainbed import image_cache
+from domainbed import images as pool_of_images
 from domainbed.image_cache import ImageCache, open_cache
 from domainbed.images import Images, cache_directory
 
@@ -305,8 +306,8 @@ def test_images_that_change_meanwhile(images: Images, monkeypatch: pytest.Monkey
 def test_long_work_says_how_far_it_is(
     images: Images, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(image_cache, "CHUNK", 2)
-    monkeypatch.setattr(image_cache, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(pool_of_images, "CHUNK", 2)
+    monkeypatch.setattr(pool_of_images, "LOG_EVERY_S", 0)
     with caplog.at_level(logging.INFO, "domainbed.image_cache"):
         open_cache(images)
     assert caplog.messages[1:] == [f"decoded {n} of 5 images" for n in (2, 4, 5)]
