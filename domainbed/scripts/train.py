@@ -32,7 +32,6 @@ from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
-from domainbed.datasets.base import MultipleDomainDataset
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
@@ -305,9 +304,8 @@ def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
         dataset = dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}\n{layout(dataset_class)}") from error
-    if isinstance(dataset, MultipleDomainDataset):  # DomainBed asks no such thing of a dataset
-        dataset.check_arrays()
-        notices.report_release(dataset)
+    dataset.check_arrays()
+    notices.report_release(dataset)
     return dataset
 
 
