@@ -1,7 +1,7 @@
 """How alike two heatmaps are: two maps -> one score per image, larger when they agree more.
 
-eX2L minimises these scores, so every one is finite, and has finite gradients, for any pair of non-negative maps:
-equal, disjoint, constant, all zero, tiny or huge. Adding one is a function of two normalised maps, flattened::
+eX2L minimises these scores, so every one is finite, and has finite gradients, for any pair of maps: equal, disjoint,
+constant, all zero, tiny or huge. Adding one is a function of two normalised maps, flattened::
 
     @similarity(normalisation="max")
     def mse(a, b):
@@ -9,12 +9,12 @@ equal, disjoint, constant, all zero, tiny or huge. Adding one is a function of t
         return -(a - b).square().mean(1)
 
 Letters: a, b the normalised maps of label and confounder, n = H * W their pixels, p and q the same as distributions.
+Ranges are those with the normalisation that a similarity is registered with.
 Source of all: Medina, Minoza, Ibanez 2026, eX2L, https://arxiv.org/abs/2605.06368, appendix B.5.
 """
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,64 +22,81 @@ from torch import Tensor
 
 from domainbed.registry import Registry
 
-Similarity: TypeAlias = Callable[..., Tensor]
-
-REGISTRY: Registry[Similarity] = Registry("similarity")
-
 EPS = 1e-8  # in denominators and under logarithms
 ROOT_EPS = 1e-12  # least argument of a square root, whose slope at 0 is infinite
+VARIANCE_EPS = 1e-6  # beside a variance of maps in [0, 1], which is about .05
+FLOOR = 1e-3  # added to each pixel of a distribution before a Kullback-Leibler divergence
+NORMALISATIONS = ("max", "max_live", "minmax", "l1", "none")
 
 
 def normalise(maps: Tensor, how: str) -> Tensor:
     """Maps on a common scale, in float32; an all-zero map stays all zero.
 
     Args:
-        maps: (B, H, W), non-negative.
-        how: "max" divides by the image's maximum, so that values lie in [0, 1]; "l1" divides by the image's sum, so
-            that they are a distribution over pixels. The maximum is a constant for the gradient: through it, a
-            penalty would also move all pixels at once by way of the largest one.
+        maps: (B, H, W).
+        how: "max" divides by the image's largest absolute value, taken as a constant for the gradient: through it, a
+            penalty would also move all pixels at once by way of the largest one. "max_live" does have that gradient.
+            "minmax" takes the smallest value to 0 and the largest to 1, both constants. "l1" divides by the image's
+            sum (differentiated), so that non-negative maps are a distribution over pixels. "none" leaves the scale.
 
     Raises:
-        ValueError: ``how`` is neither.
+        ValueError: ``how`` is none of these.
     """
     maps = maps.float()
-    if how == "max":
-        return maps / maps.detach().amax(dim=(1, 2), keepdim=True).clamp_min(EPS)
+    if how == "none":
+        return maps
     if how == "l1":
         return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(EPS)
-    raise ValueError(f"unknown normalisation of heatmaps: {how!r}; take 'max' or 'l1'")
+    if how == "max_live":
+        return maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(EPS)
+    constant = maps.detach()
+    if how == "max":
+        return maps / constant.abs().amax(dim=(1, 2), keepdim=True).clamp_min(EPS)
+    if how == "minmax":
+        least, most = constant.amin(dim=(1, 2), keepdim=True), constant.amax(dim=(1, 2), keepdim=True)
+        return (maps - least) / (most - least).clamp_min(EPS)
+    raise ValueError(f"unknown normalisation of heatmaps: {how!r}; take one of {', '.join(NORMALISATIONS)}")
 
 
-def similarity(normalisation: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Similarity]:
-    """Registers a score of two normalised maps, both (B, n), as a similarity of heatmaps.
+class Similarity:
+    """A score of two heatmaps.
 
-    The registered function takes ``(label_maps, confounder_maps)``, both (B, H, W), non-negative and of any float
-    type, and returns float32 scores (B,); ``normalisation=`` replaces the default named here. It raises ValueError
-    for maps of different or wrong shapes.
+    Attributes:
+        score: the same of two normalised maps, both (B, n).
+        normalisation: what it takes the maps to unless told otherwise.
+        signed: whether it means something for maps that also have negative values.
     """
 
-    def decorate(score: Callable[[Tensor, Tensor], Tensor]) -> Similarity:
-        @functools.wraps(score)
-        def compare(label_maps: Tensor, confounder_maps: Tensor, normalisation: str = normalisation) -> Tensor:
-            _check(label_maps, confounder_maps)
-            a, b = (normalise(maps, normalisation).flatten(1) for maps in (label_maps, confounder_maps))
-            return score(a, b)
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor], normalisation: str, signed: bool):
+        self.score, self.normalisation, self.signed = score, normalisation, signed
+        functools.update_wrapper(self, score)
 
-        return REGISTRY.register(compare)
+    def __call__(self, label_maps: Tensor, confounder_maps: Tensor, normalisation: str | None = None) -> Tensor:
+        """Scores (B,), float32 also under autocast, of two heatmaps (B, H, W) of any float type.
 
-    return decorate
+        Raises:
+            ValueError: maps of different or wrong shapes, or an unknown normalisation.
+        """
+        shape = tuple(label_maps.shape)
+        if shape != tuple(confounder_maps.shape) or len(shape) != 3 or shape[1] * shape[2] < 2:
+            raise ValueError(
+                f"heatmaps of shapes {shape} and {tuple(confounder_maps.shape)} can't be compared; "
+                "both must be (B, H, W) with the same B, H, W and more than one pixel"
+            )
+        how = normalisation or self.normalisation
+        a, b = (normalise(maps, how).flatten(1) for maps in (label_maps, confounder_maps))
+        return self.score(a, b)
 
 
-def _check(label_maps: Tensor, confounder_maps: Tensor) -> None:
-    shape = tuple(label_maps.shape)
-    if shape != tuple(confounder_maps.shape) or len(shape) != 3 or shape[1] * shape[2] < 2:
-        raise ValueError(
-            f"heatmaps of shapes {shape} and {tuple(confounder_maps.shape)} can't be compared; "
-            "both must be (B, H, W) with the same B, H, W and more than one pixel"
-        )
+REGISTRY: Registry[Similarity] = Registry("similarity")
 
 
-@similarity(normalisation="max")
+def similarity(normalisation: str, signed: bool = False) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Similarity]:
+    """Registers a score of two normalised maps, both (B, n), as a ``Similarity`` of heatmaps."""
+    return lambda score: REGISTRY.register(Similarity(score, normalisation, signed))
+
+
+@similarity(normalisation="max", signed=True)
 def mae(a: Tensor, b: Tensor) -> Tensor:
     """Negative mean absolute error: ``-sum |a - b| / n``; in [-1, 0].
 
@@ -91,7 +108,82 @@ def mae(a: Tensor, b: Tensor) -> Tensor:
     return -(a - b).abs().mean(1)
 
 
+@similarity(normalisation="max", signed=True)
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Negative mean squared error: ``-sum (a - b)^2 / n``; in [-1, 0].
+
+    Its gradient vanishes as the maps approach each other, where that of the absolute error does not.
+
+    Source: eX2L, equation 20.
+    """
+    return -(a - b).square().mean(1)
+
+
+@similarity(normalisation="max", signed=True)
+def rmse(a: Tensor, b: Tensor) -> Tensor:
+    """Negative root of the mean squared error: ``-sqrt(sum (a - b)^2 / n)``; in [-1, 0].
+
+    Source: eX2L, equation 21.
+    """
+    return -(a - b).square().mean(1).clamp_min(ROOT_EPS).sqrt()
+
+
+@similarity(normalisation="max")
+def soft_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Soft intersection over union: ``sum a b / sum (a + b - a b)``; in [0, 1], 0 if disjoint.
+
+    A map scores 1 with itself only if its values are 0 and 1.
+
+    Source: eX2L, equation 22, after Rahman and Wang 2016, doi 10.1007/978-3-319-50835-1_22.
+    """
+    both = (a * b).sum(1)
+    return both / (a.sum(1) + b.sum(1) - both + EPS)
+
+
+def _floored(p: Tensor) -> Tensor:
+    """Distributions without a zero: FLOOR is added to each pixel."""
+    return (p + FLOOR) / (p + FLOOR).sum(1, keepdim=True)
+
+
 @similarity(normalisation="l1")
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Negative Kullback-Leibler divergence of the label map p from the confounder map q: ``-sum q log(q / p)``.
+
+    In nats, in [-log((1 + FLOOR) / FLOOR), 0] = [-6.91, 0]; not symmetric: the confounder map is the reference. Both
+    distributions get FLOOR at each pixel first. Without it the divergence of disjoint maps is infinite, and with a
+    floor that only bounds it (1e-8) its gradient is in the millions.
+
+    Source: eX2L, equation 23.
+    """
+    p, q = _floored(p), _floored(q)
+    return -(q * (q.log() - p.log())).sum(1)
+
+
+@similarity(normalisation="l1")
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Negative Jensen-Shannon divergence: ``-(KL(p | m) + KL(q | m)) / 2``, ``m = (p + q) / 2``, in nats.
+
+    In [-ln 2, 0], the lower end if disjoint.
+
+    Source: eX2L, equation 24.
+    """
+    log_m = ((p + q) / 2 + EPS).log()
+    return -(p * ((p + EPS).log() - log_m) + q * ((q + EPS).log() - log_m)).sum(1) / 2
+
+
+@similarity(normalisation="l1")
+def js_distance(p: Tensor, q: Tensor) -> Tensor:
+    """Negative Jensen-Shannon distance: ``-sqrt(JS(p, q))`` with the divergence in nats.
+
+    In [-sqrt(ln 2), 0], the lower end if disjoint. The divergence of equal maps is 0, where a root has an infinite
+    slope, and rounding can leave it just below; hence the clamp.
+
+    Source: eX2L, equation 25.
+    """
+    return -(-js_divergence.score(p, q)).clamp_min(ROOT_EPS).sqrt()
+
+
+@similarity(normalisation="l1", signed=True)
 def cosine(p: Tensor, q: Tensor) -> Tensor:
     """Cosine similarity: ``<p, q> / (|p| |q|)``; in [0, 1] for non-negative maps, 0 if disjoint.
 
@@ -100,32 +192,21 @@ def cosine(p: Tensor, q: Tensor) -> Tensor:
     return F.cosine_similarity(p, q, dim=1, eps=EPS)
 
 
-@similarity(normalisation="max")
-def soft_dice(a: Tensor, b: Tensor) -> Tensor:
-    """Soft Dice coefficient: ``2 sum a b / (sum a + sum b)``; in [0, 1], 0 if disjoint.
+@similarity(normalisation="max", signed=True)
+def ncc(a: Tensor, b: Tensor) -> Tensor:
+    """Normalised cross-correlation at zero lag, Pearson's coefficient: ``s_ab / sqrt(s_a^2 s_b^2)``; in [-1, 1].
 
-    The product is not squared below, so a map scores 1 with itself only if its values are 0 and 1.
+    VARIANCE_EPS is added to both variances, so that a constant map scores 0 with any other. Least for maps that are
+    each other's negative, so it asks for more than disjoint maps; indifferent to an offset of a map.
 
-    Source: eX2L, equation 34, after Milletari, Navab, Ahmadi 2016, V-Net, https://arxiv.org/abs/1606.04797.
+    Source: eX2L, equation 27.
     """
-    return 2 * (a * b).sum(1) / (a.sum(1) + b.sum(1) + EPS)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    variances = (a.square().mean(1) + VARIANCE_EPS) * (b.square().mean(1) + VARIANCE_EPS)
+    return (a * b).mean(1) / variances.sqrt()
 
 
-@similarity(normalisation="l1")
-def js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Negative Jensen-Shannon distance: ``-sqrt((KL(p | m) + KL(q | m)) / 2)``, ``m = (p + q) / 2``, in nats.
-
-    In [-sqrt(ln 2), 0], the lower end if disjoint. The divergence of equal maps is 0, where a root has an infinite
-    slope, and rounding can leave it just below; hence the clamp.
-
-    Source: eX2L, equations 24 and 25.
-    """
-    log_m = ((p + q) / 2 + EPS).log()
-    divergence = (p * ((p + EPS).log() - log_m) + q * ((q + EPS).log() - log_m)).sum(1) / 2
-    return -divergence.clamp_min(ROOT_EPS).sqrt()
-
-
-@similarity(normalisation="max")
+@similarity(normalisation="max", signed=True)
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of the whole maps: luminance times contrast times structure; in [-1, 1].
 
@@ -142,3 +223,14 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     covariance = ((a - mean_a[:, None]) * (b - mean_b[:, None])).sum(1) / (a.shape[1] - 1)
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     return luminance * (2 * covariance + c2) / (torch.var(a, dim=1) + torch.var(b, dim=1) + c2)
+
+
+@similarity(normalisation="max")
+def soft_dice(a: Tensor, b: Tensor) -> Tensor:
+    """Soft Dice coefficient: ``2 sum a b / (sum a + sum b)``; in [0, 1], 0 if disjoint.
+
+    The product is not squared below, so a map scores 1 with itself only if its values are 0 and 1.
+
+    Source: eX2L, equation 34, after Milletari, Navab, Ahmadi 2016, V-Net, https://arxiv.org/abs/1606.04797.
+    """
+    return 2 * (a * b).sum(1) / (a.sum(1) + b.sum(1) + EPS)

@@ -14,7 +14,10 @@ DOMAINBED_ORDER = (
     "SagNet", "ARM", "VREx", "RSC", "SD", "ANDMask", "SANDMask", "IGA", "SelfReg", "Fishr", "TRM", "IB_ERM",
     "IB_IRM", "CAD", "CondCAD", "Transfer", "CausIRL_CORAL", "CausIRL_MMD", "EQRM", "RDM", "ADRMX", "URM",
 )  # fmt: skip
-OWN_ORDER = ("EX2L_MAE", "EX2L_Cosine", "EX2L_SoftDice", "EX2L_JSDistance", "EX2L_SSIM")
+OWN_ORDER = (
+    "EX2L_MAE", "EX2L_MSE", "EX2L_RMSE", "EX2L_SoftIoU", "EX2L_KL", "EX2L_JSDivergence", "EX2L_JSDistance",
+    "EX2L_Cosine", "EX2L_NCC", "EX2L_SSIM", "EX2L_SoftDice",
+)  # fmt: skip
 
 REGISTRY: Registry[Any] = Registry("algorithm", DOMAINBED_ORDER + OWN_ORDER)
 register = REGISTRY.register
