@@ -7,7 +7,7 @@ never changes another's draws; equal names have equal draws in all algorithms.
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,18 @@ import numpy as np
 
 from domainbed import algorithms, messages, registry
 from domainbed.algorithms.base import HparamsEntry, learning_rate, weight_decay
+from domainbed.overrides import Draw
 from domainbed.seeding import seed_hash
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[Any, Callable[[Any], Any]]  # default, draw(RandomState)
 
-# Read by networks and datasets where they are given, without a default in the table.
+# Read where they are given, by networks, datasets, optimizers and the training loop; without a default in the table.
 OPTIONAL: dict[str, Any] = {  # with what comes nearest to a default
     "backbone": "resnet50", "pretrained": True, "weights": "IMAGENET1K_V1", "channels_last": True, "image_size": 224,
-    "mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0,
+    "mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0, "optimizer": "adam", "momentum": 0.9, "patience": 10,
+    "min_delta": 1e-4,
 }  # fmt: skip
 
 
@@ -35,14 +37,16 @@ class DatasetTraits:
     Attributes:
         name: of the dataset, known to the registry or not.
         small: its images are small (28 px or so), which takes larger learning rates and batches.
+        optimizer: that the run takes, "adam" or "sgd", on which its learning rates depend.
     """
 
     name: str
     small: bool
+    optimizer: str = "adam"
 
     @classmethod
-    def of(cls, dataset_name: str) -> "DatasetTraits":
-        return cls(dataset_name, _dataset_attribute(dataset_name, "HPARAMS_SIZE", "large") == "small")
+    def of(cls, dataset_name: str, optimizer: str = "adam") -> "DatasetTraits":
+        return cls(dataset_name, _dataset_attribute(dataset_name, "HPARAMS_SIZE", "large") == "small", optimizer)
 
 
 def _constant(value: Any) -> Pair:
@@ -71,21 +75,48 @@ SHARED: dict[str, HparamsEntry] = {
 }
 
 
-def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
-    """The hparams of a run with ``--hparams_seed 0``; unknown names get the shared ones."""
-    return {name: default for name, (default, _) in _table(_algorithm_class(algorithm), dataset).items()}
+def default_hparams(algorithm: str, dataset: str, optimizer: str = "adam") -> dict[str, Any]:
+    """The hparams of a run with ``--hparams_seed 0``; unknown names get the shared ones.
+
+    Args:
+        optimizer: the run's, for which learning rates have their defaults and ranges.
+    """
+    return {name: default for name, (default, _) in _table(_algorithm_class(algorithm), dataset, optimizer).items()}
 
 
-def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
-    """One draw of all hparams; unknown names get the shared ones."""
-    return {name: drawn for name, (_, drawn) in _hparams(algorithm, dataset, seed).items()}
+def random_hparams(
+    algorithm: str, dataset: str, seed: int, ranges: Mapping[str, Draw] | None = None, optimizer: str = "adam"
+) -> dict[str, Any]:
+    """One draw of all hparams; unknown names get the shared ones.
+
+    Args:
+        ranges: how to draw some of them, in place of the table's way; the draws of the others stay what they were.
+        optimizer: the run's, for which learning rates have their defaults and ranges.
+
+    Raises:
+        ValueError: a range is for an hparam that the pair lacks, or draws values of another type than the default's.
+    """
+    check_ranges(algorithm, dataset, ranges or {})
+    pairs = _hparams(algorithm, dataset, seed, ranges, optimizer)
+    for name in ranges or {}:
+        default, drawn = pairs[name]
+        _check_type(name, drawn, default)
+    return {name: drawn for name, (_, drawn) in pairs.items()}
 
 
-def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[Any, Any]]:
+def _hparams(
+    algorithm: str,
+    dataset: str,
+    random_seed: int,
+    ranges: Mapping[str, Draw] | None = None,
+    optimizer: str = "adam",
+) -> dict[str, tuple[Any, Any]]:
     """name -> (default, drawn value), plain Python scalars."""
+    table = _table(_algorithm_class(algorithm), dataset, optimizer)
+    draws = {name: draw for name, (_, draw) in table.items()} | dict(ranges or {})
     return {
-        name: (default, _plain(draw(np.random.RandomState(seed_hash(random_seed, name)))))
-        for name, (default, draw) in _table(_algorithm_class(algorithm), dataset).items()
+        name: (default, _plain(draws[name](np.random.RandomState(seed_hash(random_seed, name)))))
+        for name, (default, _) in table.items()
     }
 
 
@@ -96,8 +127,16 @@ def _define_hparam(
     hparams[hparam_name] = (default_val, random_val_fn)
 
 
+def check_ranges(algorithm: str, dataset: str, ranges: Iterable[str]) -> None:
+    """Raises ValueError if there is a range for an hparam that the pair of algorithm and dataset lacks."""
+    known = sorted(_table(_algorithm_class(algorithm), dataset))
+    for name in ranges:
+        if name not in known:
+            raise ValueError(messages.not_found(f"hparam of {algorithm} on {dataset} to draw", name, known))
+
+
 def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, Any]) -> None:
-    """Looks for misspelt keys and values of the wrong type among hparams that a user gave.
+    """Looks for misspelt keys, values of the wrong type and hparams without effect among those that a user gave.
 
     A class that declares ``HPARAMS`` is taken at its word; of others we can't know what they read, so that only a
     likely slip is warned of.
@@ -106,6 +145,11 @@ def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, An
         ValueError: the class body declares ``HPARAMS`` and neither it nor the shared table has the key; or a value is
             not of its default's type.
     """
+    unread = [name for name in given if name in getattr(algorithm_class, "UNREAD_HPARAMS", ())]
+    if unread:
+        logger.warning(
+            "%s does not read %s; its docstring names what it reads", algorithm_class.__name__, ", ".join(unread)
+        )
     table = _table(algorithm_class, dataset_name)
     for name, value in given.items():
         if name in table:
@@ -130,9 +174,9 @@ def _check_type(name: str, value: Any, default: Any) -> None:
         raise ValueError(f"hparam {name} is {value!r}; give a value like its default, {default!r}")
 
 
-def _table(algorithm_class: type | None, dataset_name: str) -> dict[str, Pair]:
+def _table(algorithm_class: type | None, dataset_name: str, optimizer: str = "adam") -> dict[str, Pair]:
     """name -> (default, draw): shared, the dataset's pairs, the algorithm's (bases first), what the dataset fixes."""
-    traits, own = DatasetTraits.of(dataset_name), _dataset_attribute(dataset_name, "HPARAMS", {})
+    traits, own = DatasetTraits.of(dataset_name, optimizer), _dataset_attribute(dataset_name, "HPARAMS", {})
     table = SHARED | {name: value for name, value in own.items() if _is_pair(value)}
     for cls in reversed(algorithm_class.__mro__ if algorithm_class else ()):
         table |= vars(cls).get("HPARAMS", {})

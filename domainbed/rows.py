@@ -78,6 +78,7 @@ class Row:
         """The row of a run with these arguments; an argument that is missing or None has its default."""
         algorithm = args["algorithm"]
         settings = {key: value for key, value in args.items() if key not in NOT_ROW | NAMED}
+        settings["ranges"] = _parsed(settings.get("ranges")) or None
         extras = {k: v for k, v in settings.items() if v not in (None, DEFAULTS.get(k)) and v is not False}
         extras |= _overrides(args.get("hparams"))
         return cls(
@@ -113,10 +114,16 @@ class Row:
 
 def _overrides(hparams: Any) -> dict[str, Any]:
     """The overridden hparams by name, from --hparams as given (JSON) or already parsed."""
-    if isinstance(hparams, str):
-        with contextlib.suppress(ValueError):  # then it shows as it is
-            hparams = json.loads(hparams)
-    return hparams if isinstance(hparams, dict) else {"hparams": hparams} if hparams else {}
+    found = _parsed(hparams)
+    return found if isinstance(found, dict) else {"hparams": found} if found else {}
+
+
+def _parsed(value: Any) -> Any:
+    """What a JSON text holds, so that settings are compared by content; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def _varying(cell: Collection[Row]) -> set[str]:

@@ -1,6 +1,7 @@
 """The training loop, and the model that it leaves behind."""
 
 import ctypes
+import math
 import os
 import time
 from collections import defaultdict
@@ -47,6 +48,46 @@ class Plan:
     precision: str = "fp32"
     num_workers: int = 0
     training_counts: tuple[int, ...] = ()
+
+
+class EarlyStopping:
+    """When to end training, because the validation score stopped rising.
+
+    It is over after ``patience`` scores in a row that are not above the best before them by more than ``min_delta``.
+    Only scores that are above it by more count as best, so that many small steps up count once they add up.
+
+    Attributes:
+        best, best_step: the highest score that counted, and the step of its checkpoint.
+        waited: how many checkpoints ago that was.
+
+    Args:
+        patience: number of checkpoints.
+        min_delta: a difference of scores.
+
+    Raises:
+        ValueError: patience is below 1, or min_delta below 0.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 1e-4):
+        if patience < 1 or not min_delta >= 0:
+            raise ValueError(
+                f"hparams patience {patience} and min_delta {min_delta}: stopping early takes a patience of at least "
+                "1 checkpoint and a min_delta of at least 0"
+            )
+        self.patience, self.min_delta = patience, min_delta
+        self.best, self.best_step, self.waited = -math.inf, -1, 0
+
+    def is_over(self, score: float, step: int) -> bool:
+        """Whether the score of the next checkpoint, after ``step``, was the last one to wait for; NaN is no rise."""
+        if score > self.best + self.min_delta:
+            self.best, self.best_step, self.waited = score, step, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def __str__(self) -> str:
+        found = f"of step {self.best_step} ({self.best:.4f})"
+        return f"{self.waited} checkpoints brought no validation score more than {self.min_delta} above that {found}"
 
 
 def keep_freed_memory() -> None:

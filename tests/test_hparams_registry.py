@@ -8,6 +8,7 @@ import pytest
 from domainbed import algorithms, datasets, hparams_registry
 from domainbed.algorithms.erm import ERM
 from domainbed.hparams_registry import SHARED, DatasetTraits, check_given
+from domainbed.overrides import parse_ranges
 
 SMALL, LARGE = "Debug28", "PACS"
 NAMES = ["ERM", "IRM", "GroupDRO", "Mixup", "CORAL", "MMD", "DANN", "CDANN", "VREx"]
@@ -185,3 +186,69 @@ def test_other_classes_pass_them_on_and_warn_of_slips(caplog):
 def test_values_of_another_type_are_refused(given):
     with pytest.raises(ValueError, match="give a value like its default"):
         check_given(algorithms.ERM, SMALL, given)
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("algorithm", ["ERM", "DANN"])
+    @pytest.mark.parametrize(("dataset", "default", "low", "high"), [(SMALL, 1e-2, -3, -1), (LARGE, 1e-3, -4, -2)])
+    def test_learning_rates_suit_sgd_and_nothing_else_changes(self, algorithm, dataset, default, low, high):
+        rates = {"lr", "lr_g", "lr_d"} & hparams_registry.default_hparams(algorithm, dataset).keys()
+        adam = hparams_registry.default_hparams(algorithm, dataset)
+        sgd = hparams_registry.default_hparams(algorithm, dataset, "sgd")
+        assert sgd == adam | dict.fromkeys(rates, default)
+        for seed in range(4):
+            drawn = hparams_registry.random_hparams(algorithm, dataset, seed, optimizer="sgd")
+            expected = {name: Draws(seed).power(name, 10, low, high) for name in rates}
+            assert drawn == hparams_registry.random_hparams(algorithm, dataset, seed) | expected
+
+    def test_what_training_reads_is_known_and_typed(self):
+        check_given(algorithms.ERM, SMALL, {"optimizer": "sgd", "momentum": 0, "patience": 3, "min_delta": 0.1})
+        for wrong in ({"optimizer": 1}, {"momentum": "0.9"}, {"patience": 2.5}, {"min_delta": True}):
+            with pytest.raises(ValueError, match=f"hparam {next(iter(wrong))} is .*like its default"):
+                check_given(algorithms.ERM, SMALL, wrong)
+        assert not {"optimizer", "momentum", "patience", "min_delta"} & SHARED.keys()  # only where they are given
+
+
+class TestRanges:
+    def test_they_replace_draws_by_the_hparams_own_generator_and_leave_the_others(self):
+        ranges = parse_ranges('{"irm_lambda": "10^U(0, 1)", "batch_size": "int 2^U(2, 3)", "resnet18": [true]}')
+        for seed in range(4):
+            draws = Draws(seed)
+            expected = {
+                "irm_lambda": draws.power("irm_lambda", 10, 0, 1),
+                "batch_size": int(draws.power("batch_size", 2, 2, 3)),
+                "resnet18": True,
+            }
+            usual = hparams_registry.random_hparams("IRM", SMALL, seed)
+            assert hparams_registry.random_hparams("IRM", SMALL, seed, ranges) == usual | expected
+
+    def test_the_same_range_is_the_same_draw(self):
+        same = parse_ranges('{"irm_penalty_anneal_iters": "int 10^U(0, 4)", "lr": "10^U(-4.5, -2.5)"}')
+        usual = hparams_registry.random_hparams("IRM", SMALL, 5)
+        assert hparams_registry.random_hparams("IRM", SMALL, 5, same) == usual
+
+    def test_values_that_a_dataset_fixes_may_be_drawn_too(self):
+        ranges = parse_ranges('{"backbone": ["resnet18"]}')
+        assert hparams_registry.random_hparams("ERM", "DigitsM2M", 1)["backbone"] != "resnet18"
+        assert hparams_registry.random_hparams("ERM", "DigitsM2M", 1, ranges)["backbone"] == "resnet18"
+
+    def test_names_that_the_pair_lacks_are_refused(self):
+        ranges = parse_ranges('{"irm_lamda": "U(0, 1)"}')
+        message = "hparam of IRM on Debug28 to draw not found: irm_lamda; did you mean irm_lambda"
+        with pytest.raises(ValueError, match=message):
+            hparams_registry.random_hparams("IRM", SMALL, 1, ranges)
+        with pytest.raises(ValueError, match=message):
+            hparams_registry.check_ranges("IRM", SMALL, ranges)
+        with pytest.raises(ValueError, match="hparam of ERM on Debug28 to draw not found: irm_lambda"):
+            hparams_registry.check_ranges("ERM", SMALL, ["irm_lambda"])
+
+    def test_draws_of_another_type_are_refused(self):
+        with pytest.raises(ValueError, match=r"hparam batch_size is \d+\.\d+; give a value like its default, 64"):
+            hparams_registry.random_hparams("ERM", SMALL, 1, parse_ranges('{"batch_size": "2^U(5, 7)"}'))
+
+
+def test_hparams_that_the_class_does_not_read_are_pointed_out_once(caplog):
+    check_given(algorithms.CDANN, SMALL, {"lr_g": 0.1})
+    assert not caplog.messages
+    check_given(algorithms.CDANN, SMALL, {"lr": 0.1, "lr_g": 0.1, "weight_decay": 0.0})
+    assert caplog.messages == ["CDANN does not read lr, weight_decay; its docstring names what it reads"]

@@ -22,7 +22,7 @@ class TestRow:
         defaults = {
             "partition": None, "label": None, "precision": "fp32", "steps": None, "checkpoint_freq": None,
             "hparams": None, "task": "domain_generalization", "holdout_fraction": 0.2, "uda_holdout_fraction": 0.0,
-            "annotation_budget": 1, "input_pipeline": "pil", "confounders": None,
+            "annotation_budget": 1, "input_pipeline": "pil", "confounders": None, "epochs": None, "ranges": None,
         }  # fmt: skip
         assert Row.of(args(**defaults)) == Row.of(args(partition="environment", auto_lr=False)) == Row.of(args())
 
@@ -32,7 +32,7 @@ class TestRow:
             {"partition": "random"}, {"label": "mine"}, {"precision": "bf16"}, {"steps": 300}, {"holdout_fraction": 0},
             {"hparams": '{"lr": 1}'}, {"task": "domain_adaptation"}, {"some_new_flag": [1, 2]},
             {"annotation_budget": 0.05}, {"annotation_budget": 0.0}, {"input_pipeline": "cv2"},
-            {"confounders": ["sex"]},
+            {"confounders": ["sex"]}, {"epochs": 3}, {"ranges": '{"lr": "U(0, 1)"}'},
         ],
     )  # fmt: skip
     def test_every_other_setting_makes_another_row(self, setting):
@@ -43,6 +43,12 @@ class TestRow:
         assert len({Row.of(args(hparams=text)) for text in texts}) == 1
         assert Row.of(args(hparams="{}")) == Row.of(args())
         assert Row.of(args(hparams="no json")).name == "ERM hparams=no json"
+
+    def test_ranges_are_compared_by_content(self):
+        texts = ['{"lr": "U(0, 1)", "b": [1]}', '{"b":[1],"lr":"U(0, 1)"}', {"lr": "U(0, 1)", "b": [1]}]
+        assert len({Row.of(args(ranges=text)) for text in texts}) == 1
+        assert Row.of(args(ranges="{}")) == Row.of(args())
+        assert Row.of(args(ranges=texts[0])).name == 'ERM ranges={"b": [1], "lr": "U(0, 1)"}'
 
     def test_the_partition_defaults_to_the_algorithms_own(self, monkeypatch):
         monkeypatch.setattr(registry, "attribute", lambda package, name, attribute, default: "group")

@@ -88,3 +88,40 @@ def test_a_saved_model_is_domainbeds_and_loads_without_unpickling_code(tmp_path)
     assert found.keys() == shapes | {"args", "model_hparams", "model_dict", "task", "step"}
     assert Task.from_dict(found["task"]) == task
     assert torch.equal(found["model_dict"]["weight"], network.weight)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "scores", "ends"),
+    [
+        (2, 0.0, [0.5, 0.5, 0.5], 2),  # a tie is no rise
+        (2, 0.0, [0.5, 0.4, 0.5, 0.9], 2),
+        (2, 0.0, [0.5, 0.4, 0.6, 0.5, 0.6], 4),  # a rise starts the count again
+        (1, 0.0, [0.1, 0.2, 0.3], None),
+        (1, 0.1, [0.5, 0.55], 1),
+        (3, 0.1, [0.5, 0.56, 0.62, 0.68, 0.74], None),  # .62 and .74 count: .12 above the last that did
+        (3, 0.1, [0.5, 0.58, 0.59, 0.595], 3),
+        (1, 0.25, [0.25, 0.5], 1),  # not above by more than min_delta
+        (2, 0.0, [NAN, 0.2, NAN, 0.3, NAN, NAN], 5),
+        (2, 0.0, [NAN, NAN], 1),
+        (2, 0.0, [-1.0, -2.0, -0.5], None),
+    ],
+)
+def test_when_training_is_over(patience, min_delta, scores, ends) -> None:
+    stopping = training.EarlyStopping(patience, min_delta)
+    over = [stopping.is_over(score, step) for step, score in enumerate(scores)]
+    assert over == [position == ends for position in range(len(scores))]
+
+
+def test_it_says_what_it_waited_for() -> None:
+    stopping = training.EarlyStopping(2, 0.125)
+    assert [stopping.is_over(score, step) for step, score in ((0, 0.25), (300, 0.5), (600, 0.55), (900, 0.4))][-1]
+    assert str(stopping) == "2 checkpoints brought no validation score more than 0.125 above that of step 300 (0.5000)"
+
+
+@pytest.mark.parametrize(("patience", "min_delta"), [(0, 0.0), (1, -0.1), (1, NAN)])
+def test_numbers_that_make_no_sense_are_refused(patience, min_delta) -> None:
+    with pytest.raises(ValueError, match=f"patience {patience} and min_delta {min_delta}"):
+        training.EarlyStopping(patience, min_delta)

@@ -1,6 +1,6 @@
 """What every algorithm shares: the contract with the training loop, and the order of the names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -62,12 +62,17 @@ class Algorithm(nn.Module):
         PARTITION: the partition that ``train`` takes unless told otherwise.
         MIN_PARTS: the fewest minibatches that ``update`` can work with.
         NEEDS_CONFOUNDERS: True if ``update`` reads confounders: then it is given annotated images only.
+        CONTROL: hparams that switch off what the method adds; the run with them, all else equal, is the method's
+            control. A literal; empty: it has none.
+        UNREAD_HPARAMS: hparams of the shared table that the class does not read; a literal.
     """
 
     HPARAMS: ClassVar[Mapping[str, HparamsEntry]] = {}
     PARTITION: ClassVar[str] = "environment"
     MIN_PARTS: ClassVar[int] = 1
     NEEDS_CONFOUNDERS: ClassVar[bool] = False
+    CONTROL: ClassVar[Mapping[str, Any]] = {}
+    UNREAD_HPARAMS: ClassVar[Sequence[str]] = ()
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__()
@@ -105,8 +110,39 @@ class Algorithm(nn.Module):
         raise NotImplementedError
 
 
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    hparams: Mapping[str, Any],
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """A new optimizer of the kind that the hparams name; whatever trains a network takes its optimizer from here.
+
+    Args:
+        hparams: ``optimizer`` is "adam" (also where it is missing) or "sgd"; ``momentum`` of SGD, .9 where it is
+            missing, 0 for plain SGD.
+        betas: of Adam.
+
+    Raises:
+        ValueError: another optimizer is named.
+    """
+    name = hparams.get("optimizer", "adam")
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, betas=betas)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=hparams.get("momentum", 0.9))
+    raise ValueError(f"hparam optimizer is {name!r}; take adam or sgd")
+
+
 def learning_rate(dataset: Any) -> tuple[float, Callable[[Any], float]]:
-    """DomainBed's default and range of a learning rate of Adam; ``dataset.small`` tells small images from others."""
+    """Default and range of a learning rate; ``dataset`` is a ``DatasetTraits``: small images or not, which optimizer.
+
+    Adam's are DomainBed's. With SGD these would train too little: large images take SubpopBench's (1e-3, 10^U(-4, -2)),
+    small ones ten times that.
+    """
+    if dataset.optimizer == "sgd":
+        return (1e-2, lambda r: 10 ** r.uniform(-3, -1)) if dataset.small else (1e-3, lambda r: 10 ** r.uniform(-4, -2))
     if dataset.small:
         return 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
     return 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, learning_rate, register, weight_decay
+from domainbed.algorithms.base import (
+    Algorithm,
+    Minibatches,
+    concatenate,
+    learning_rate,
+    make_optimizer,
+    register,
+    weight_decay,
+)
 
 
 class AbstractDANN(Algorithm):
@@ -17,6 +25,7 @@ class AbstractDANN(Algorithm):
     With d = ``d_steps_per_g_step``, of d + 1 updates one trains featurizer and classifier on
     ``risk - lambda * disc_loss`` and the others train the discriminator on
     ``disc_loss = cross-entropy of the minibatch's number + grad_penalty * mean_i |d CE_i / d features_i|^2``.
+    The control (lambda 0) trains featurizer and classifier in the same updates, thus d + 1 times less often than ERM.
 
     Args:
         conditional: the discriminator sees the features plus a learned embedding of the label.
@@ -26,7 +35,7 @@ class AbstractDANN(Algorithm):
         lambda: weight of the discriminator's loss for the featurizer.
         grad_penalty: weight of the discriminator's squared gradient.
         d_steps_per_g_step: discriminator updates per update of the featurizer.
-        beta1: Adam's first moment decay, of both optimizers (the second is 0.9).
+        beta1: Adam's first moment decay, of both optimizers (the second is 0.9); SGD does not read it.
         lr_g, weight_decay_g: of featurizer and classifier (``lr`` and ``weight_decay`` are not read).
         lr_d, weight_decay_d: of the discriminator and the embeddings.
         mlp_width, mlp_depth, mlp_dropout: shape of the discriminator.
@@ -46,6 +55,8 @@ class AbstractDANN(Algorithm):
         "weight_decay_g": weight_decay,
     }
     MIN_PARTS = 2
+    CONTROL = {"lambda": 0.0}
+    UNREAD_HPARAMS = ("lr", "weight_decay")
 
     update_count: Tensor
 
@@ -66,14 +77,15 @@ class AbstractDANN(Algorithm):
         self.classifier = networks.Classifier(width, num_classes, hparams["nonlinear_classifier"])
         self.discriminator = networks.MLP(width, num_domains, hparams)
         self.class_embeddings = nn.Embedding(num_classes, width)
-        self.disc_opt = self._adam("d", self.discriminator, self.class_embeddings)
-        self.gen_opt = self._adam("g", self.featurizer, self.classifier)
+        self.disc_opt = self._optimizer("d", self.discriminator, self.class_embeddings)
+        self.gen_opt = self._optimizer("g", self.featurizer, self.classifier)
 
-    def _adam(self, role: str, *modules: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
+    def _optimizer(self, role: str, *modules: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(
             [parameter for module in modules for parameter in module.parameters()],
-            lr=self.hparams[f"lr_{role}"],
-            weight_decay=self.hparams[f"weight_decay_{role}"],
+            self.hparams[f"lr_{role}"],
+            self.hparams[f"weight_decay_{role}"],
+            self.hparams,
             betas=(self.hparams["beta1"], 0.9),
         )
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
 
 
 @register
@@ -16,7 +16,7 @@ class ERM(Algorithm):
     """Empirical risk: the mean cross-entropy over all images of a step, whichever minibatch they are in.
 
     New methods start here. Attributes: ``featurizer`` (x -> (B, n_outputs)), ``classifier`` (-> logits (B, K)),
-    ``network`` (one after the other) and ``optimizer`` (Adam over ``network``).
+    ``network`` (one after the other) and ``optimizer`` (over ``network``).
 
     Source: Vladimir Vapnik, Statistical Learning Theory, 1998; as a baseline: Ishaan Gulrajani and David Lopez-Paz,
         In Search of Lost Domain Generalization, ICLR 2021, https://arxiv.org/abs/2007.01434.
@@ -34,10 +34,8 @@ class ERM(Algorithm):
         self.optimizer = self.new_optimizer()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        """Adam over the network, without a past."""
-        return torch.optim.Adam(
-            self.network.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
-        )
+        """An optimizer of the network, without a past."""
+        return make_optimizer(self.network.parameters(), self.hparams["lr"], self.hparams["weight_decay"], self.hparams)
 
     def step(self, loss: Tensor) -> None:
         """Takes one optimizer step down the gradient of a scalar loss."""
@@ -58,7 +56,7 @@ class ERM(Algorithm):
 class AnnealedERM(ERM):
     """ERM with a penalty whose weight is 1 for some updates and ``*_lambda`` from then on.
 
-    At the switch Adam starts afresh, because its running moments belong to another loss.
+    At the switch the optimizer starts afresh, because its running moments belong to another loss.
     """
 
     HPARAMS = {}

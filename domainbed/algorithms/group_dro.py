@@ -27,6 +27,7 @@ class GroupDRO(ERM):
     """
 
     HPARAMS = {"groupdro_eta": (0.01, lambda r: 10 ** r.uniform(-3, -1))}
+    CONTROL = {"groupdro_eta": 0.0}
 
     q: Tensor
 

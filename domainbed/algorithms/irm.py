@@ -20,7 +20,8 @@ class IRM(AnnealedERM):
 
     Source: Martin Arjovsky, Leon Bottou, Ishaan Gulrajani and David Lopez-Paz, Invariant Risk Minimization, 2019,
         https://arxiv.org/abs/1907.02893, IRMv1 and its unbiased estimate in the appendix.
-    Differs: the weight is annealed and Adam restarted as in DomainBed; the loss is not divided by a large weight.
+    Differs: the weight is annealed and the optimizer restarted as in DomainBed; the loss is not divided by a large
+        weight.
 
     Hparams:
         irm_lambda: weight of the penalty after annealing.
@@ -31,6 +32,7 @@ class IRM(AnnealedERM):
         "irm_lambda": (100.0, lambda r: 10 ** r.uniform(-1, 5)),
         "irm_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
     }
+    CONTROL = {"irm_lambda": 0.0, "irm_penalty_anneal_iters": 0}
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         sizes = [len(y) for _, y in minibatches]

@@ -24,6 +24,7 @@ class AbstractMMD(ERM):
     """
 
     HPARAMS = {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))}
+    CONTROL = {"mmd_gamma": 0.0}
     MIN_PARTS = 2
 
     def __init__(

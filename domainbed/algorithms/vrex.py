@@ -22,13 +22,14 @@ class VREx(AnnealedERM):
 
     Hparams:
         vrex_lambda: weight of the variance after annealing.
-        vrex_penalty_anneal_iters: updates with weight 1; then Adam starts afresh.
+        vrex_penalty_anneal_iters: updates with weight 1; then the optimizer starts afresh.
     """
 
     HPARAMS = {
         "vrex_lambda": (10.0, lambda r: 10 ** r.uniform(-1, 5)),
         "vrex_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
     }
+    CONTROL = {"vrex_lambda": 0.0, "vrex_penalty_anneal_iters": 0}
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)

@@ -1,6 +1,5 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
-import argparse
 import inspect
 import math
 import platform
@@ -17,77 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import (
-    datasets,
-    hparams_registry,
-    input_pipelines,
-    notices,
-    overrides,
-    partitions,
-    records,
-    run_directory,
-    training,
-)
+from domainbed import datasets, notices, partitions, records, run_directory, training
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BadInput, bad_input, run_cli
-from domainbed.scripts.arguments import DomainBedParser
-from domainbed.seeding import seed_hash
+from domainbed.scripts.train_arguments import defaults, parser, resolve
 from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
 
-DOMAINBED_FLAGS = (
-    "data_dir", "dataset", "algorithm", "task", "hparams", "hparams_seed", "trial_seed", "seed", "steps",
-    "checkpoint_freq", "test_envs", "output_dir", "holdout_fraction", "uda_holdout_fraction", "skip_model_save",
-    "save_model_every_checkpoint",
-)  # fmt: skip
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
-TASKS = ("domain_generalization", "domain_adaptation")
-
-
-def parser() -> argparse.ArgumentParser:
-    """DomainBed's flags, then ours, which are off by default."""
-    p = DomainBedParser(DOMAINBED_FLAGS, description=__doc__)
-    p.add_argument("--data_dir", help="directory of the datasets; the embedded ones need none")
-    p.add_argument("--dataset", default="RotatedMNIST")
-    p.add_argument("--algorithm", default="ERM")
-    p.add_argument("--task", default=TASKS[0], choices=TASKS)
-    p.add_argument("--hparams", help='JSON object that overrides hparams, like {"lr": 0.001}')
-    p.add_argument("--hparams_seed", type=int, default=0, help="0: the defaults, else a random draw")
-    p.add_argument("--trial_seed", type=int, default=0, help="of the splits, and of the draw of hparams")
-    p.add_argument("--seed", type=int, default=0, help="of everything else")
-    p.add_argument("--steps", type=int, help="number of updates; default: the dataset's")
-    p.add_argument("--checkpoint_freq", type=int, help="updates between two records; default: the dataset's")
-    p.add_argument("--test_envs", type=int, nargs="+", help="not trained on; default: the dataset's own, else 0")
-    p.add_argument("--output_dir", default="train_output")
-    p.add_argument("--holdout_fraction", type=float, default=0.2)
-    p.add_argument("--uda_holdout_fraction", type=float, default=0, help="for domain adaptation")
-    p.add_argument("--skip_model_save", action="store_true")
-    p.add_argument("--save_model_every_checkpoint", action="store_true")
-    p.add_argument("--partition", help="which examples share a minibatch; default: the algorithm's own")
-    p.add_argument("--label", help="name of the row in tables")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    p.add_argument(
-        "--eval_splits",
-        choices=("all", "selection"),
-        default="all",
-        help="selection: leave out what nothing selects by",
-    )
-    p.add_argument(
-        "--input_pipeline",
-        choices=list(input_pipelines.REGISTRY),
-        default=input_pipelines.DEFAULT,
-        help="how image files are opened and augmented",
-    )
-    p.add_argument("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
-    p.add_argument(
-        "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
-    )
-    p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
-    p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
-    return p
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,9 +47,9 @@ def _run(args: dict[str, Any], overwrite: bool) -> int:
     output_dir = Path(args["output_dir"])
     try:
         with bad_input():
-            hparams = _resolve(args)
+            hparams = resolve(args)
             if not overwrite:
-                run_directory.check_same_run(output_dir, args, _defaults(args))
+                run_directory.check_same_run(output_dir, args, defaults(args))
     except BadInput as error:
         if run_directory.is_fresh(output_dir):  # nothing is written into another run's directory
             (output_dir / "err.txt").write_text(f"error: {error}\n", encoding="utf-8")
@@ -126,42 +65,6 @@ def _run(args: dict[str, Any], overwrite: bool) -> int:
         execute(run)
     run_directory.mark_done(output_dir)
     return 0
-
-
-def _resolve(args: dict[str, Any]) -> dict[str, Any]:
-    """Checks names and numbers, fills in what the classes decide, and returns the hparams."""
-    algorithm_class = get_algorithm_class(args["algorithm"])
-    args |= {key: value for key, value in _class_defaults(args).items() if args[key] is None}
-    partitions.REGISTRY[args["partition"]]
-    for name in ("steps", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction"):
-        if args[name] is not None and args[name] < 0:
-            raise ValueError(f"--{name} {args[name]}: must not be negative")
-    for name in ("steps", "checkpoint_freq"):
-        if args[name] == 0:
-            raise ValueError(f"--{name} 0: give 1 or more, or leave it out for the dataset's own")
-    if max(args["holdout_fraction"], args["uda_holdout_fraction"]) >= 1:
-        raise ValueError("--holdout_fraction and --uda_holdout_fraction are fractions below 1")
-    names = args["algorithm"], args["dataset"]
-    if args["hparams_seed"] == 0:
-        hparams = hparams_registry.default_hparams(*names)
-    else:
-        hparams = hparams_registry.random_hparams(*names, seed_hash(args["hparams_seed"], args["trial_seed"]))
-    given = overrides.parse(args["hparams"])
-    hparams_registry.check_given(algorithm_class, args["dataset"], given)
-    return hparams | given
-
-
-def _class_defaults(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments whose default depends on the algorithm or the dataset."""
-    algorithm_class, dataset_class = get_algorithm_class(args["algorithm"]), datasets.get_dataset_class(args["dataset"])
-    test_envs = getattr(dataset_class, "TEST_ENVS", None) or [0]
-    return {"partition": getattr(algorithm_class, "PARTITION", "environment"), "test_envs": list(test_envs)}
-
-
-def _defaults(args: dict[str, Any]) -> dict[str, Any]:
-    """What the arguments would be had only algorithm and dataset been given."""
-    defaults = vars(parser().parse_args([])) | _class_defaults(args)
-    return {key: value for key, value in defaults.items() if key in args}
 
 
 @contextmanager
@@ -200,6 +103,7 @@ class Run:
     unlabeled: TrainingLoader | None
     validation: Sequence[Split]
     plan: training.Plan
+    stopping: training.EarlyStopping | None
     device: torch.device
 
 
@@ -217,8 +121,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
     splits = split_environments(dataset, test_envs, *fractions, trial_seed=args["trial_seed"])
     validation = validation_splits(dataset, splits, test_envs)
-    if args["keep_best"] and not (dataset.num_confounders > 1 and validation):
-        raise ValueError(f"--keep_best needs groups and validation images; {args['dataset']} as split here lacks them")
+    stopping = early_stopping(hparams)
+    if not (dataset.num_confounders > 1 and validation):
+        refuse_what_needs_validation(args, hparams)
 
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
@@ -239,8 +144,23 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     smallest = min(len(split) for split in splits if split.kind == "in")
     shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
-    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], args, shares)
-    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, device())
+    pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
+    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], pass_steps, args, shares)
+    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device())
+
+
+def refuse_what_needs_validation(args: dict[str, Any], hparams: dict[str, Any]) -> None:
+    """Raises ValueError if something asks for a validation score, which takes groups."""
+    for name, asked in {"--keep_best": args["keep_best"], "hparam patience": hparams.get("patience")}.items():
+        if asked:
+            raise ValueError(f"{name} needs groups and validation images; {args['dataset']} as split here lacks them")
+
+
+def early_stopping(hparams: dict[str, Any]) -> training.EarlyStopping | None:
+    """What the hparams ``patience`` (checkpoints) and ``min_delta`` ask for; None without a patience."""
+    if "patience" not in hparams:
+        return None
+    return training.EarlyStopping(hparams["patience"], hparams.get("min_delta", 1e-4))
 
 
 def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
@@ -273,12 +193,15 @@ def build_plan(
     dataset: Any,
     measured: Sequence[Split],
     steps_per_epoch: float,
+    pass_steps: int,
     args: dict[str, Any],
     training_counts: tuple[int, ...],
 ) -> training.Plan:
+    """The plan; ``pass_steps`` is how many steps draw as many images as are trained on, an epoch of ``--epochs``."""
+    epochs = args["epochs"]
     return training.Plan(
-        steps=args["steps"] or dataset.N_STEPS,
-        checkpoint_freq=args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ,
+        steps=epochs * pass_steps if epochs else args["steps"] or dataset.N_STEPS,
+        checkpoint_freq=args["checkpoint_freq"] or (pass_steps if epochs else dataset.CHECKPOINT_FREQ),
         steps_per_epoch=steps_per_epoch,
         splits=measured,
         num_classes=dataset.num_classes,
@@ -351,17 +274,23 @@ def execute(run: Run) -> None:
     for record in training.train(run.algorithm, iter(run.minibatches), unlabeled, run.plan, run.device):
         records.append(output_dir / records.RESULTS_FILE, record | constants)
         columns = print_record(record, columns)
-        if run.args["keep_best"]:
-            pooled = records.pooled(record, [(split.number, split.kind) for split in run.validation])
-            assert pooled is not None  # build() saw to it
-            score = records.aa_wga(*pooled)
-            if score > best:
-                best = score
-                save(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
+        score = validation_score(record, run.validation)
+        if run.args["keep_best"] and score > best:
+            best = score
+            save(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
         if run.args["save_model_every_checkpoint"]:
             save(f"model_step{record['step']}.pkl")
+        if run.stopping is not None and run.stopping.is_over(score, record["step"]):
+            print(f"stopped early after step {record['step']}: {run.stopping}")
+            break
     if not run.args["skip_model_save"]:
         save(training.MODEL_FILE)
+
+
+def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> float:
+    """(AA + WGA) / 2 of all validation images together; NaN where they or their groups are not known."""
+    pooled = records.pooled(record, [(split.number, split.kind) for split in validation])
+    return math.nan if pooled is None else records.aa_wga(*pooled)
 
 
 def seed_everything(seed: int) -> None:

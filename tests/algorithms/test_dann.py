@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from domainbed import algorithms
+
 ADVERSARIAL = {"lr_g": 0.02, "lr_d": 0.03, "weight_decay_g": 0.1, "weight_decay_d": 0.2, "beta1": 0.5}
 
 
@@ -70,3 +72,21 @@ def test_batch_statistics_follow_every_forward_pass(build, minibatches):
 def test_state_has_domainbeds_roots(build):
     roots = {"update_count", "featurizer", "classifier", "discriminator", "class_embeddings"}
     assert {name.split(".")[0] for name in build("CDANN").state_dict()} == roots
+
+
+@pytest.mark.parametrize("name", ["DANN", "CDANN"])
+def test_the_control_learns_as_erm_in_the_updates_of_the_featurizer(build, minibatches, slow_network, slow_adam, name):
+    """With d_steps_per_g_step 2 these are updates 2, 5 and 8; the discriminator has no say in them."""
+    control = algorithms.get_algorithm_class(name).CONTROL
+    turns = {"d_steps_per_g_step": 2, "grad_penalty": 0.7} | ADVERSARIAL
+    dann, method = build(name, **turns, **control), build(name, **turns)
+    slow = slow_network(dann)
+    adam = slow_adam(slow.adam.weights, 0.02, 0.1, 0.5, 0.9)
+    for update in range(1, 9):
+        batch = [(x.roll(update, 1), y) for x, y in minibatches]
+        assert dann.update(batch).keys() == method.update(batch).keys()  # the method's turns are the control's
+        if update % 3 == 2:
+            x, y = (torch.cat(column) for column in zip(*batch, strict=True))
+            adam.descend(slow.risk(x, y))
+        slow.assert_equal()
+    assert not torch.allclose(dann.classifier.weight, method.classifier.weight)

@@ -184,6 +184,16 @@ with run_directory.lock(sys.argv[1]):
         (["--steps", "-1"], "--steps -1"),
         (["--steps", "0"], "--steps 0: give 1 or more"),
         (["--checkpoint_freq", "0"], "--checkpoint_freq 0: give 1 or more"),
+        (["--epochs", "2"], "--steps 3 and --epochs 2: give one of them"),
+        (["--epochs", "0"], "--epochs 0: give 1 or more"),
+        (["--epochs", "-1"], "--epochs -1: must not be negative"),
+        (["--ranges", "lr"], "ranges are a JSON object"),
+        (["--ranges", '{"lr": "10^U(2, 1)"}'], "range of lr is .*lower bound above the upper"),
+        (["--ranges", '{"lrr": "U(0, 1)"}'], "hparam of ERM on Debug28 to draw not found: lrr; did you mean lr"),
+        (["--ranges", '{"batch_size": "U(4, 8)"}', "--hparams_seed", "1"], "hparam batch_size is"),
+        (["--hparams", '{"optimizer": "sdg"}'], "hparam optimizer is 'sdg'; take adam or sgd"),
+        (["--hparams", '{"patience": 0}'], "patience 0"),
+        (["--hparams", '{"patience": 3}', "--holdout_fraction", "0"], "hparam patience needs groups and validation"),
         (["--test_envs", "0", "0"], "--test_envs 0 0: name each environment once"),
         (["--hparams", '{"pretrained": "no"}'], "hparam pretrained is 'no'"),
         (["--hparams", '{"backbone": 5}'], "hparam backbone is 5"),
@@ -359,6 +369,57 @@ def test_best_model_is_the_one_with_the_best_validation_score(tmp_path: Path) ->
     best = torch.load(tmp_path / "model_best.pkl", weights_only=True)
     assert best["validation_aa_wga"] == pytest.approx(max(scores.values()))
     assert best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+
+
+PATIENT = '{"batch_size": 16, "patience": 2, "min_delta": 0.3, "lr": 0.0}'
+
+
+def test_training_ends_when_the_validation_score_stops_rising(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.1, 0.3, 0.45, 0.6, 0.7])  # .45 counts, .6 and .7 do not, being .15 and .25 above it
+    monkeypatch.setattr(train, "validation_score", lambda *_: next(scores))
+    flags = ["--dataset", "DigitsSubpop", "--steps", "20", "--keep_best", "aa_wga"]
+    records = run(tmp_path, *flags, "--hparams", PATIENT)
+    assert [record["step"] for record in records] == [0, 2, 4, 6, 8]
+    assert records[0]["hparams"].items() >= {"patience": 2, "min_delta": 0.3}.items()
+    line = "stopped early after step 8: 2 checkpoints brought no validation score more than 0.3 above that of step 4"
+    assert line in capsys.readouterr().out
+    assert (tmp_path / "done").exists()
+    assert torch.load(tmp_path / "model_best.pkl", weights_only=True)["step"] == 8  # the best model needs no min_delta
+
+
+def test_what_is_waited_for_is_the_pooled_validation_score(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--dataset", "DigitsSubpop", "--steps", "20"]
+    records = run(tmp_path, *flags, "--hparams", PATIENT)  # nothing is learned: the first score stays
+    assert [record["step"] for record in records] == [0, 2, 4]
+    score = (records[0]["env2_in_acc"] + records[0]["env2_in_wga"]) / 2
+    assert f"above that of step 0 ({score:.4f})" in capsys.readouterr().out
+
+
+def test_an_epoch_draws_as_many_images_as_are_trained_on(tmp_path: Path) -> None:
+    flags = ["--dataset", "Debug28", "--epochs", "2", "--output_dir", str(tmp_path), "--hparams"]
+    assert train.main([*flags, '{"backbone": "small_cnn", "batch_size": 4}']) == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 4, 7]  # 2 x 13 images, 2 x 4 of them a step: 4 steps
+    assert (records[0]["args"]["epochs"], records[0]["args"]["steps"]) == (2, None)
+
+
+def test_epochs_count_all_training_images_whatever_the_partition_and_the_budget(tmp_path: Path) -> None:
+    flags = ["--dataset", "Debug28", "--epochs", "1", "--checkpoint_freq", "3", "--annotation_budget", "0.5"]
+    flags += ["--algorithm", "EX2L_MAE", "--partition", "random"]
+    flags += ["--output_dir", str(tmp_path), "--hparams", '{"backbone": "small_cnn", "batch_size": 4}']
+    assert train.main(flags) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert steps == [0, 3]
+
+
+def test_other_ranges_are_another_run(tmp_path: Path) -> None:
+    ranges = '{"resnet_dropout": [0.25]}'
+    (record, _) = run(tmp_path, "--hparams_seed", "1", "--ranges", ranges)
+    assert (record["args"]["ranges"], record["hparams"]["resnet_dropout"]) == (ranges, 0.25)
+    with pytest.raises(BadInput, match=r"another run .*ranges: "):
+        run(tmp_path, "--hparams_seed", "1")
 
 
 def test_official_validation_is_not_split(tmp_path: Path) -> None:
