@@ -1,8 +1,7 @@
-"""Records -> text: DomainBed's tables; those of several test environments, and of average and worst-group accuracy."""
+"""Records -> text: how any table is laid out, and DomainBed's tables."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +10,8 @@ from domainbed import registry
 from domainbed.console import format_row
 from domainbed.lib.query import Q
 from domainbed.lib.reporting import get_grouped_records
-from domainbed.model_selection import (
-    CRITERIA,
-    Checkpoint,
-    Choice,
-    IIDAccuracySelectionMethod,
-    SelectionMethod,
-    choose,
-    choose_by_accuracy,
-    validation_envs,
-    with_several_test_envs,
-)
-from domainbed.rows import Cell, Row, declared, for_domainbed, meeting, row_names, runs
+from domainbed.model_selection import SelectionMethod
+from domainbed.rows import declared, for_domainbed
 
 Record = Mapping[str, Any]
 
@@ -32,6 +21,7 @@ LATEX_SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\~{}",
     "^": r"\^{}",
+    "<": "$<$",
     "±": LATEX_PLUS_MINUS,
 }
 
@@ -90,6 +80,24 @@ def table_text(
     else:
         lines = [f"-------- {header_text}", *(format_row(row, colwidth) for row in [col_labels, *body])]
     return "\n".join(["", *lines, ""])
+
+
+def wide_table(
+    title: str, notes: Iterable[str], header: Sequence[str], body: Iterable[Sequence[str]], latex: bool
+) -> str:
+    """A table with columns as wide as they need, under its title and sentences on what its numbers are.
+
+    Args:
+        body: the cells as plain text.
+    """
+    if latex:
+        cells = [[label, *map(escape, others)] for label, *others in body]
+        width = max(map(len, [*header, *(cell for row in cells for cell in row)]))
+        return "\n".join(["", escape(" ".join([f"{title}.", *notes])), *_tabular(header, cells, width), ""])
+    rows = [header, *body]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(["", f"-------- {title}", *notes, *lines, ""])
 
 
 def format_mean(data: Iterable[float], latex: bool) -> tuple[float | None, float | None, str]:
@@ -168,7 +176,7 @@ def _average_rows(accs: Accs, names: Sequence[str], datasets: Sequence[str], lat
     return rows
 
 
-def _line_names(algorithms: Mapping[str, str]) -> list[str]:
+def line_names(algorithms: Mapping[str, str]) -> list[str]:
     """Row names in the order of their algorithms; the plain name first, then by name."""
     rank = {name: position for position, name in enumerate(in_order("algorithms", algorithms.values()))}
     return sorted(algorithms, key=lambda name: (rank[algorithms[name]], name != algorithms[name], name))
@@ -186,7 +194,7 @@ def _method_tables(
     renamed: Sequence[Record], algorithms: Mapping[str, str], method: type[SelectionMethod], latex: bool
 ) -> str:
     """``results_tables`` of records whose rows are named already (``rows.for_domainbed``)."""
-    names = _line_names(algorithms)
+    names = line_names(algorithms)
     datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
     accs = _sweep_accs(Q(renamed), method)
     text = ""
@@ -211,186 +219,3 @@ def domainbed_tables(records: Iterable[Record], methods: Iterable[type[Selection
         return f"{count}\n" + "".join(tables.values())
     body = "".join(f"\n\\subsection{{Model selection: {name}}}\n{text}" for name, text in tables.items())
     return document(body, "Full DomainBed results", count)
-
-
-# Our own tables.
-
-CRITERION_TITLES = {"aa_wga": "(AA + WGA) / 2", "wga": "WGA"}
-SAMPLING = {  # the paper's words for the partitions, in its order
-    "random": "Random",
-    "environment": "Uniform Env.",
-    "group": "Uniform Group",
-    "confounder": "Uniform Confounder",
-}
-METRICS: dict[str, Callable[[Choice], float | None]] = {  # the columns of a dataset
-    "AA": lambda choice: choice.test.aa,
-    "adjusted AA": lambda choice: choice.test_means.adjusted,
-    "group mean": lambda choice: choice.test_means.group_mean,
-    "WGA": lambda choice: choice.test.wga,
-}
-METRIC_NOTES = {  # metrics that a table shows only where some run has them, and what its caption then says
-    "adjusted AA": "adjusted AA: groups weighted by their shares of each run's training images.",
-    "group mean": "group mean: non-empty groups weighted equally.",
-}
-BUDGET_NOTE = (
-    "budget: the share of the training images whose confounder labels were kept; 1 where none is stated. "
-    "Validation keeps all."
-)
-
-Line = tuple[str, str]  # name, partition
-C = TypeVar("C", bound=Checkpoint)
-
-
-def _cell(values: Sequence[float], most: int, latex: bool) -> str:
-    """Mean and sd (ddof 1) in percent; the number of trials where it is less than the table's most."""
-    if not values:
-        return MISSING
-    cell = f"{100 * np.mean(values):.1f}"
-    if len(values) > 1:
-        cell += f" {LATEX_PLUS_MINUS if latex else '±'} {100 * np.std(values, ddof=1):.1f}"
-    return cell if len(values) == most else f"{cell} (n={len(values)})"
-
-
-def _ordered(cells: Iterable[Cell]) -> list[Cell]:
-    """By dataset in the registry's order, then by test environments."""
-    cells = sorted(cells)
-    return [cell for dataset in in_order("datasets", (d for d, _ in cells)) for cell in cells if cell[0] == dataset]
-
-
-def _lines(names: Mapping[Row, str]) -> list[Line]:
-    """The lines in order: by name as in DomainBed's tables, then as the paper has the partitions."""
-    by_name = _line_names({name: row.algorithm for row, name in names.items()})
-    partitions = [*SAMPLING, *sorted({row.partition for row in names} - SAMPLING.keys())]
-    present = {(name, row.partition) for row, name in names.items()}
-    return [(name, partition) for name in by_name for partition in partitions if (name, partition) in present]
-
-
-def _trials(chosen: Iterable[C], names: Mapping[Row, str]) -> dict[tuple[Line, Cell], list[C]]:
-    """The chosen checkpoints, one per trial, of each line and cell."""
-    trials = defaultdict(list)
-    for choice in chosen:
-        row = choice.run.row
-        trials[(names[row], row.partition), choice.run.cell].append(choice)
-    return dict(trials)
-
-
-def _own_table(
-    title: str,
-    notes: Iterable[str],
-    header: Sequence[str],
-    lines: Mapping[Line, Sequence[Sequence[float]]],
-    most: int,
-    latex: bool,
-) -> str:
-    """A table with columns as wide as they need, under its title and sentences on what its numbers are.
-
-    Args:
-        header: of the columns after the two that say what a line is.
-        lines: the values of each of these columns, one per trial.
-        most: number of trials of the cells that have most of them.
-    """
-    spread = f"mean ± sample sd (ddof 1) over {most} seeds" if most > 1 else "one seed"
-    percent = f"Percent; {spread}; (n=...) where fewer; X: none. Rows with unfinished runs are counted as they are."
-    header = ["Algorithm", "Sampling", *header]
-    body = [
-        [name, SAMPLING.get(partition, partition), *(_cell(trials, most, latex) for trials in columns)]
-        for (name, partition), columns in lines.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    if latex:
-        text = [escape(" ".join([f"{title}.", percent, *notes])), *_tabular(header, body, max(widths))]
-    else:
-        rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [header, *body]]
-        text = [f"-------- {title}", percent, *notes, *rows]
-    return "\n".join(["", *text, ""])
-
-
-def _budget_notes(rows: Iterable[Row]) -> list[str]:
-    return [BUDGET_NOTE] if any(key == "annotation_budget" for row in rows for key, _ in row.extras) else []
-
-
-def group_tables(records: Iterable[Record], latex: bool = False) -> str:
-    """A table of the accuracies over groups on the test environments for each group-aware criterion.
-
-    Each dataset has the columns of METRICS; adjusted AA and group mean only where some of its runs has them. Empty
-    text without groups.
-    """
-    grouped = [record for record in records if keys.has_groups(record)]
-    if not grouped:
-        return ""
-    text = "".join(_group_table(grouped, criterion, latex) for criterion in CRITERIA)
-    return document(text, "Average and worst-group accuracy", f"Total records: {len(grouped)}") if latex else text
-
-
-def _group_table(records: Sequence[Record], criterion: str, latex: bool) -> str:
-    met = meeting(runs(records))
-    names, titles = row_names(met.values(), partition=False), _group_titles(met)
-    trials = _trials(choose(records, criterion), names)
-    shown = [(cell, metric) for cell in titles for metric in METRICS if _is_shown(metric, cell, trials)]
-    lines = {line: [_values(metric, trials.get((line, cell), [])) for cell, metric in shown] for line in _lines(names)}
-    title = "Average (AA) and worst-group (WGA) accuracy, model selection: "
-    title += f"{CRITERION_TITLES[criterion]} on validation"
-    notes = [note for metric, note in METRIC_NOTES.items() if any(metric == other for _, other in shown)]
-    header = [f"{titles[cell]} {metric}" for cell, metric in shown]
-    most = max(map(len, trials.values()), default=0)
-    return _own_table(title, notes + _budget_notes(names), header, lines, most, latex)
-
-
-def _group_titles(cells: Iterable[Cell]) -> dict[Cell, str]:
-    """Titles by dataset and test environments, which are named where a dataset was tested on several."""
-    ordered = _ordered(cells)
-    several = {dataset for dataset, _ in ordered if sum(dataset == other for other, _ in ordered) > 1}
-    return {
-        (dataset, envs): f"{dataset}[{','.join(map(str, envs))}]" if dataset in several else dataset
-        for dataset, envs in ordered
-    }
-
-
-def _values(metric: str, chosen: Iterable[Choice]) -> list[float]:
-    """The metric of each trial that has it."""
-    return [value for choice in chosen if (value := METRICS[metric](choice)) is not None]
-
-
-def _is_shown(metric: str, cell: Cell, trials: Mapping[tuple[Line, Cell], Sequence[Choice]]) -> bool:
-    if metric not in METRIC_NOTES:
-        return True
-    return any(_values(metric, chosen) for (_, place), chosen in trials.items() if place == cell)
-
-
-def several_test_envs_tables(
-    records: Iterable[Record],
-    method: type[IIDAccuracySelectionMethod] = IIDAccuracySelectionMethod,
-    latex: bool = False,
-) -> str:
-    """A table for each dataset and set of several test environments: the accuracy on each of them, and their mean.
-
-    The runs are those of ``model_selection.with_several_test_envs``, as where a method trains on one domain and is
-    tested on every other. Empty text without such runs.
-    """
-    several = with_several_test_envs(records)
-    if not several:
-        return ""
-    met = meeting(runs(several))
-    names = row_names(met.values(), partition=False)
-    trials = _trials(choose_by_accuracy(several, method), names)
-    text = ""
-    for cell in _ordered(met):
-        chosen = {line: trials.get((line, cell), []) for line in _lines({row: names[row] for row in met[cell]})}
-        lines = {
-            line: [*([c.test[env] for c in some] for env in cell[1]), [c.mean for c in some]]
-            for line, some in chosen.items()
-        }
-        trained, tested = _environments(cell, several)
-        title = f"{cell[0]}, trained on {', '.join(trained)}, tested on {', '.join(tested)}: accuracy"
-        title += f", model selection: {method.name}"
-        most = max(map(len, chosen.values()))
-        text += _own_table(title, _budget_notes(met[cell]), [*tested, "Mean"], lines, most, latex)
-    return document(text, "Several test environments", f"Total records: {len(several)}") if latex else text
-
-
-def _environments(cell: Cell, records: Iterable[Record]) -> tuple[list[str], list[str]]:
-    """Names of the environments that the runs of a cell are trained and tested on."""
-    dataset, test_envs = cell
-    known = dict(enumerate(environment_names(dataset, records)))
-    trained = [name for env, name in known.items() if env not in {*test_envs, *validation_envs(dataset)}]
-    return trained, [known.get(env, f"env{env}") for env in test_envs]

@@ -1,20 +1,22 @@
 """Prints a sweep's tables, and writes them into its directory."""
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from domainbed import model_selection
+from domainbed.control_tables import comparison_tables, control_tables
+from domainbed.group_tables import group_tables, several_test_envs_tables
 from domainbed.lib import reporting
 from domainbed.lib.query import Q
+from domainbed.screening_tables import screening_table
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.tables import (
     domainbed_tables,
     format_mean,
-    group_tables,
     results_tables,
-    several_test_envs_tables,
     table_text,
 )
 
@@ -92,17 +94,45 @@ def parser() -> DomainBedParser:
     parser.add_argument("--input_dir", required=True, help="the sweep's output_dir; the tables are written there, too")
     parser.add_argument("--latex", action="store_true", help="LaTeX instead of text")
     parser.add_argument("--auto_lr", action="store_true", help="tables of runs of train_autolr (ERMPlusPlus)")
+    parser.add_argument("--screening", action="store_true", help="also WGA in training and validation (screening.txt)")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("ROW", "OTHER"), help="also one row minus another, in pairs (comparison.txt)"
+    )
     return parser
+
+
+def own_tables(
+    records: Iterable[Mapping[str, Any]],
+    validation: type[model_selection.IIDAccuracySelectionMethod],
+    args: argparse.Namespace,
+) -> dict[str, str]:
+    """Our tables by the name of their file; those without anything to show are empty.
+
+    Raises:
+        BadInput: the records don't have what was asked for.
+    """
+    texts = {
+        "several_test_envs": several_test_envs_tables(records, validation, args.latex),
+        "groups": group_tables(records, args.latex),
+        "controls": control_tables(records, args.latex),
+    }
+    with bad_input():
+        if args.compare:
+            row, other = args.compare
+            texts["comparison"] = comparison_tables(records, row, other, args.latex)
+        if args.screening:
+            texts["screening"] = screening_table(records, args.latex)
+    return texts
 
 
 def main(argv: list[str]) -> int:
     """Prints and writes DomainBed's tables (results.txt or .tex), then ours, each only where there is something in it.
 
-    Ours are those of runs with several test environments (several_test_envs.txt or .tex) and of the groups (groups.txt
-    or .tex).
+    Ours are, in files of these names: runs with several test environments (several_test_envs), groups, methods minus
+    their controls (controls), and, where asked for, two rows (comparison) and a screening.
 
     Raises:
-        BadInput: there are no records, or the directory can't be written to.
+        BadInput: there are no records or not those that were asked for, or the directory can't be written to.
     """
     args = parser().parse_args(argv)
     records = load(args.input_dir)
@@ -111,11 +141,7 @@ def main(argv: list[str]) -> int:
     if args.auto_lr:
         validation = model_selection.IIDAutoLRAccuracySelectionMethod
         records, methods = merge_records(records), [validation]
-    texts = {
-        "results": domainbed_tables(records, methods, args.latex),
-        "several_test_envs": several_test_envs_tables(records, validation, args.latex),
-        "groups": group_tables(records, args.latex),
-    }
+    texts = {"results": domainbed_tables(records, methods, args.latex), **own_tables(records, validation, args)}
     suffix = "tex" if args.latex else "txt"
     with bad_input():
         for name, text in texts.items():

@@ -75,6 +75,36 @@ class TestMain:
         collect_results.main(["--input_dir", str(sweep([first, second])), "--auto_lr"])
         assert "ERM        Uniform Env.  87.5  100.0  93.8" in capsys.readouterr().out
 
+    def test_controls_follow_the_groups_and_have_a_file_of_their_own(self, sweep, capsys):
+        rows = ({"algorithm": "EX2L_MAE"}, {"algorithm": "EX2L_MAE", "hparams": '{"map_gradient": "none"}'})
+        directory = sweep(*([record(args=args, **PLAIN, **GROUPS)] for args in rows))
+        collect_results.main(["--input_dir", str(directory)])
+        names = ("results.txt", "groups.txt", "controls.txt")
+        assert capsys.readouterr().out == "".join((directory / name).read_text(encoding="utf-8") for name in names)
+        controls = (directory / "controls.txt").read_text(encoding="utf-8")
+        assert controls.count("EX2L_MAE  EX2L_MAE map_gradient=none  1  75.0") == 3
+
+    def test_compare_and_screening_come_last(self, sweep, capsys):
+        train = {key.replace("out", "in"): value for key, value in GROUPS.items() if "out" in key}
+        rows = ({"algorithm": "EX2L_MAE"}, {"partition": "group"})
+        directory = sweep(*([record(args=args, **PLAIN, **GROUPS, **train)] for args in rows))
+        words = ["--input_dir", str(directory), "--compare", "EX2L_MAE", "ERM:group", "--screening"]
+        collect_results.main(words)
+        out = capsys.readouterr().out
+        comparison, screening = ((directory / f"{name}.txt").read_text("utf-8") for name in ("comparison", "screening"))
+        assert out.endswith(comparison + screening)
+        assert comparison.startswith("\n-------- EX2L_MAE minus ERM:group; ")
+        assert "EX2L_MAE (Uniform Group) 50.0" in screening
+        collect_results.main([*words, "--latex"])
+        assert {path.name for path in directory.glob("*.tex")} >= {"comparison.tex", "screening.tex"}
+
+    def test_what_can_not_be_compared_or_screened_is_bad_input(self, sweep):
+        directory = str(sweep([record(**PLAIN, **GROUPS)]))
+        with pytest.raises(BadInput, match="row not found: IRM; known: 'ERM'"):
+            collect_results.main(["--input_dir", directory, "--compare", "IRM", "ERM"])
+        with pytest.raises(BadInput, match="--eval_splits all"):
+            collect_results.main(["--input_dir", directory, "--screening"])
+
     def test_latex(self, sweep, capsys):
         directory = sweep([record(**PLAIN, **GROUPS)])
         collect_results.main(["--input_dir", str(directory), "--latex"])
@@ -119,14 +149,14 @@ class TestMain:
         assert done.stderr.startswith("error: --input_dir ")
         assert done.stderr.count("\n") == 1
 
-    def test_never_imports_torch(self, sweep):
+    def test_never_imports_torch_nor_scipy_where_there_are_no_pairs(self, sweep):
         directory = sweep([record(**PLAIN, **GROUPS)])
         code = (
             "import sys; from domainbed.scripts import collect_results; "
-            f"collect_results.main(['--input_dir', {str(directory)!r}]); print('torch' in sys.modules)"
+            f"collect_results.main(['--input_dir', {str(directory)!r}]); print({{'torch', 'scipy'}} & set(sys.modules))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == "False"
+        assert done.stdout.splitlines()[-1] == "set()"
 
 
 class TestWhatOthersImport:

@@ -1,0 +1,139 @@
+"""Our table of a screening: worst-group accuracy in training and validation, and the rows that come out best."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from domainbed import messages
+from domainbed import records as keys
+from domainbed.group_tables import (
+    CRITERION_TITLES,
+    LINE_HEADER,
+    Line,
+    budget_notes,
+    cell_titles,
+    line_cells,
+    lines_of,
+    mean_cell,
+    percent_note,
+    trials_of,
+)
+from domainbed.model_selection import Choice, choose, validation_envs
+from domainbed.pairs import is_control
+from domainbed.rows import Cell, meeting, row_names, runs
+from domainbed.tables import document, environment_names, escape, wide_table
+
+Record = Mapping[str, Any]
+Place = tuple[Line, Cell]
+
+CRITERION = "aa_wga"  # the paper's
+FINALISTS = 3
+SPLITS_NOTE = (
+    "Train: in-splits of the training environments; Val: the splits that validate; each pooled over environments. "
+    "*: the best of its column."
+)
+
+
+def screening_table(records: Iterable[Record], latex: bool = False) -> str:
+    """WGA on training and validation images of each row and dataset, with no look at test environments.
+
+    Below it stand the best three algorithms of each dataset by validation WGA: each counts once, with its best row,
+    and rows whose penalty is switched off don't count.
+
+    Raises:
+        ValueError: there are no groups, or the training images were not measured.
+
+    Source: eX2L, arXiv 2605.06368, section 4.4 and appendix A.
+    """
+    grouped = [record for record in records if keys.has_groups(record)]
+    if not grouped:
+        raise ValueError(
+            "a screening goes by worst-group accuracy, but no record has groups; sweep datasets with confounders"
+        )
+    met = meeting(runs(grouped))
+    names, titles = row_names(met.values(), partition=False), cell_titles(met)
+    trials = trials_of(choose(grouped, CRITERION), names)
+    most = max(map(len, trials.values()), default=0)
+    train = _train_wga(trials, {cell: _trained_on(cell, grouped) for cell in titles})
+    body = [line_cells(line) for line in lines_of(names)]
+    for cell in titles:
+        columns = _columns(cell, lines_of(names), trials, train, most)
+        body = [[*row, *cells] for row, cells in zip(body, columns, strict=True)]
+    header = [*LINE_HEADER, *(f"{title} {split} WGA" for title in titles.values() for split in ("Train", "Val"))]
+    title = f"Screening, model selection: {CRITERION_TITLES[CRITERION]} on validation"
+    notes = [percent_note(most), SPLITS_NOTE, *budget_notes(names)]
+    text = wide_table(title, notes, header, body, latex) + _finalists(titles, lines_of(names), trials, latex)
+    return document(text, "Screening", f"Total records: {len(grouped)}") if latex else text
+
+
+def _trained_on(cell: Cell, records: Iterable[Record]) -> list[int]:
+    dataset, test_envs = cell
+    others = {*test_envs, *validation_envs(dataset)}
+    return [env for env in range(len(environment_names(dataset, records))) if env not in others]
+
+
+def _train_wga(
+    trials: Mapping[Place, Sequence[Choice]], trained_on: Mapping[Cell, Sequence[int]]
+) -> dict[Place, list[float]]:
+    """WGA on the training images of each trial.
+
+    Raises:
+        ValueError: some runs did not measure it.
+    """
+    found: dict[Place, list[float]] = {}
+    lacking = []
+    for place, chosen in trials.items():
+        line, cell = place
+        pooled = [keys.pooled(choice.record, [(env, "in") for env in trained_on[cell]]) for choice in chosen]
+        found[place] = [accuracy.wga for accuracy in pooled if accuracy is not None]
+        if len(found[place]) < len(pooled):
+            lacking.append(f"{_described(line)} on {cell[0]}")
+    if lacking:
+        head = "a screening shows WGA on training images, which these runs did not measure (--eval_splits selection); "
+        raise ValueError(messages.listed(f"{head}sweep again with --eval_splits all, the default:", lacking))
+    return found
+
+
+def _columns(
+    cell: Cell,
+    lines: Sequence[Line],
+    trials: Mapping[Place, Sequence[Choice]],
+    train: Mapping[Place, Sequence[float]],
+    most: int,
+) -> list[tuple[str, str]]:
+    """Train WGA and Val WGA of each line."""
+    val = {line: [choice.validation.wga for choice in trials.get((line, cell), [])] for line in lines}
+    best = max((np.mean(wga) for wga in val.values() if wga), default=None)
+    return [
+        (
+            mean_cell(train.get((line, cell), []), most),
+            mean_cell(wga, most) + (" *" if wga and np.mean(wga) == best else ""),
+        )
+        for line, wga in val.items()
+    ]
+
+
+def _finalists(
+    titles: Mapping[Cell, str], lines: Sequence[Line], trials: Mapping[Place, Sequence[Choice]], latex: bool
+) -> str:
+    """A sentence for each dataset: its best algorithms, each with its best row."""
+    sentences = []
+    for cell, title in titles.items():
+        ranked = [(line, trials[line, cell]) for line in lines if (line, cell) in trials]
+        ranked = [(line, chosen) for line, chosen in ranked if not is_control(chosen[0].run.row)]
+        ranked.sort(key=lambda entry: -_val_wga(entry[1]))  # stable: ties in the order of the lines
+        best = {chosen[0].run.row.algorithm: (line, chosen) for line, chosen in reversed(ranked)}
+        finalists = sorted(best.values(), key=ranked.index)[:FINALISTS]
+        words = [f"{_described(line)} {100 * _val_wga(chosen):.1f}" for line, chosen in finalists]
+        sentences.append(f"{title}: best algorithms by Val WGA: {', '.join(words)}")
+    return "".join(f"\n{escape(sentence)}\n" if latex else f"{sentence}\n" for sentence in sentences)
+
+
+def _described(line: Line) -> str:
+    name, sampling = line_cells(line)
+    return f"{name} ({sampling})"
+
+
+def _val_wga(chosen: Iterable[Choice]) -> float:
+    return float(np.mean([choice.validation.wga for choice in chosen]))
