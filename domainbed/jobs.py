@@ -9,14 +9,14 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from domainbed import overrides, registry, run_directory
+from domainbed import registry, run_directory
 from domainbed.seeding import seed_hash
+from domainbed.sweep_rows import SweepRow, with_controls
 
 logger = logging.getLogger(__name__)
 
@@ -25,63 +25,10 @@ _ERROR = re.compile(r"(error|[A-Za-z_.]*(Error|BadInput)): ")  # as scripts and 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
-    "confounders", "annotation_budget",
+    "confounders", "annotation_budget", "ranges", "epochs",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """What becomes one row of the tables: an algorithm, and what tells it from other rows of the same algorithm.
-
-    Attributes:
-        algorithm: its name.
-        partition: None for the algorithm's own.
-        label: what tables call the row; None for the name.
-        hparams: overrides, laid over the sweep's.
-    """
-
-    algorithm: str
-    partition: str | None = None
-    label: str | None = None
-    hparams: Mapping[str, Any] | None = None
-
-    @classmethod
-    def parse(cls, entry: str) -> "SweepRow":
-        """The row meant by ``"NAME"`` or ``"NAME:partition"``."""
-        algorithm, _, partition = entry.partition(":")
-        return cls(algorithm, partition or None)
-
-    def train_args(self, common_hparams: str | None) -> dict[str, Any]:
-        """The row's arguments of train; an own partition spelled out is the same job as none.
-
-        Raises:
-            NotImplementedError: no such algorithm or partition.
-            ValueError: ``common_hparams`` is no JSON object.
-        """
-        default = registry.attribute("algorithms", self.algorithm, "PARTITION", "environment")
-        args = {
-            "algorithm": self.algorithm,
-            "partition": None if self.partition in (None, default) else _known_partition(str(self.partition)),
-            "label": self.label,
-            "hparams": merged_hparams(common_hparams, self.hparams),
-        }
-        return {key: value for key, value in args.items() if value is not None}
-
-
-def _known_partition(name: str) -> str:
-    from domainbed import partitions  # only sweeps that name a partition pay for the import
-
-    return partitions.REGISTRY[name].__name__
-
-
-def merged_hparams(common: str | None, own: Mapping[str, Any] | None) -> str | None:
-    """``own`` over ``common`` as JSON; ``common`` alone stays as it was typed, for it is hashed.
-
-    Raises:
-        ValueError: ``common`` is no JSON object.
-    """
-    parsed = overrides.parse(common)
-    return json.dumps(parsed | dict(own), sort_keys=True) if own else common
+# Two answers to one question.
+EXCLUSIVE = (("steps", "epochs"), ("test_envs_list", "official_test_envs"))
 
 
 def all_test_env_combinations(n: int) -> list[list[int]]:
@@ -96,11 +43,15 @@ def all_test_env_combinations(n: int) -> list[list[int]]:
 
 
 def dataset_test_envs(
-    dataset: str, single_test_envs: bool, test_envs_list: Sequence[Sequence[int]] | None = None
+    dataset: str,
+    single_test_envs: bool,
+    test_envs_list: Sequence[Sequence[int]] | None = None,
+    official_test_envs: bool = False,
 ) -> list[list[int]]:
     """The test environments of a dataset's jobs, one list a job.
 
-    ``test_envs_list`` wins; else a dataset that DomainBed lacks takes its own ``TEST_ENVS``; else they are enumerated.
+    ``test_envs_list`` wins; else a dataset that DomainBed lacks takes its own ``TEST_ENVS``, and so does every other
+    that has some if ``official_test_envs`` are asked for; else they are enumerated.
 
     Raises:
         NotImplementedError: no such dataset.
@@ -112,7 +63,7 @@ def dataset_test_envs(
     official = registry.attribute("datasets", dataset, "TEST_ENVS")
     if test_envs_list is not None:
         combinations = [list(envs) for envs in test_envs_list]
-    elif official and dataset not in registry.order("datasets"):  # DomainBed's sweeps must keep their directories
+    elif official and (official_test_envs or dataset not in registry.order("datasets")):  # keeps DomainBed's sweeps
         combinations = [list(official)]
     elif single_test_envs:
         combinations = [[i] for i in range(n)]
@@ -167,6 +118,18 @@ def _check_data_dir(data_dir: str | None, dataset_names: Sequence[str]) -> None:
         raise ValueError(f"--data_dir is required: {', '.join(needy)} read files; name the directory that holds them")
 
 
+def given(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say something: neither None nor False."""
+    return {key: value for key, value in args.items() if value is not None and value is not False}
+
+
+def check_exclusive(args: Mapping[str, Any]) -> None:
+    """Raises ValueError if two arguments answer the same question."""
+    for one, other in EXCLUSIVE:
+        if one in args and other in args:
+            raise ValueError(f"--{one} and --{other} exclude each other; leave one of them out")
+
+
 def make_args_list(
     n_trials: int,
     dataset_names: Sequence[str],
@@ -182,6 +145,8 @@ def make_args_list(
     *,
     rows: Sequence[SweepRow] = (),
     test_envs_list: Sequence[Sequence[int]] | None = None,
+    official_test_envs: bool = False,
+    controls: bool = False,
     **extras: Any,
 ) -> list[dict[str, Any]]:
     """The arguments of every job, in DomainBed's order: trial, dataset, row, test environments, hparams seed.
@@ -194,6 +159,8 @@ def make_args_list(
         hparams: JSON object, for all jobs.
         rows: follow ``algorithms``.
         test_envs_list: one list a job, for all datasets; None: see ``dataset_test_envs``.
+        official_test_envs: see ``dataset_test_envs``.
+        controls: each row is followed by its control (``sweep_rows.with_controls``).
         extras: any of ``EXTRAS``.
 
     Raises:
@@ -203,25 +170,38 @@ def make_args_list(
     """
     if unknown := extras.keys() - set(EXTRAS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
-    test_envs = {name: dataset_test_envs(name, single_test_envs, test_envs_list) for name in dataset_names}
-    row_args = [row.train_args(hparams) for row in (*map(SweepRow.parse, algorithms), *rows)]
+    shared = given({"steps": steps, "data_dir": data_dir, **extras})
+    check_exclusive(shared | given({"test_envs_list": test_envs_list, "official_test_envs": official_test_envs}))
+    test_envs = {
+        name: dataset_test_envs(name, single_test_envs, test_envs_list, official_test_envs) for name in dataset_names
+    }
+    asked = [*map(SweepRow.parse, algorithms), *rows]
+    row_args = {name: _row_args(asked, name, controls, hparams, extras) for name in dataset_names}
     _check_data_dir(data_dir, dataset_names)
-    optional = {"steps": steps, "data_dir": data_dir, **extras}
-    shared = {key: value for key, value in optional.items() if value is not None and value is not False}
     shared |= {"task": task, "holdout_fraction": holdout_fraction}
     cells = {
-        (position, dataset): [envs for envs in test_envs[dataset] if _trainable(shared | row, dataset, envs)]
-        for position, row in enumerate(row_args)
-        for dataset in dataset_names
+        name: [
+            (shared | args, [envs for envs in test_envs[name] if _trainable(shared | args, name, envs)])
+            for args in row_args[name]
+        ]
+        for name in dataset_names
     }
     return [
-        _job_args(shared | row, dataset, envs, trial_seed, hparams_seed)
+        _job_args(args, dataset, envs, trial_seed, hparams_seed)
         for trial_seed in range(n_trials)
         for dataset in dataset_names
-        for position, row in enumerate(row_args)
-        for envs in cells[position, dataset]
+        for args, several in cells[dataset]
+        for envs in several
         for hparams_seed in range(n_hparams_from, n_hparams)
     ]
+
+
+def _row_args(
+    rows: Sequence[SweepRow], dataset: str, controls: bool, hparams: str | None, extras: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Each row's own arguments on a dataset, controls among them."""
+    there = with_controls([row.on_dataset(dataset) for row in rows], controls, hparams, extras.get("label"))
+    return [row.train_args(hparams, extras.get("ranges")) for row in there]
 
 
 def _job_args(

@@ -135,11 +135,12 @@ def environment_names(dataset: str, records: Iterable[Record]) -> Sequence[str]:
 def columns(dataset: str, records: Iterable[Record]) -> dict[int, str]:
     """The test environments that a dataset's table shows, with their names (``environment_names``).
 
-    All environments of a dataset without TEST_ENVS; else these and what else was tested on.
+    All environments of DomainBed's datasets, and of others without TEST_ENVS; else these and what else was tested on.
     """
     own = [record for record in records if record["args"]["dataset"] == dataset]
     names = environment_names(dataset, own)
-    shown = declared("datasets", dataset, "TEST_ENVS")
+    whole = registry.domainbed_environments(dataset) is not None  # DomainBed's tables have a column for each
+    shown = None if whole else declared("datasets", dataset, "TEST_ENVS")
     tested = sorted({env for record in own for env in record["args"]["test_envs"]})
     envs = dict.fromkeys([*(range(len(names)) if shown is None else shown), *tested])
     return {env: names[env] if env < len(names) else f"env{env}" for env in envs}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from domainbed import jobs, messages, registry, run_directory
-from domainbed.jobs import Job, SweepRow, make_args_list, make_jobs
+from domainbed.jobs import Job, make_args_list, make_jobs
+from domainbed.sweep_rows import SweepRow
 
 GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed and the directory, the command's flags
     (
@@ -54,6 +55,7 @@ def declared(monkeypatch):
             "Mixer": {"PARTITION": "random"},
             "Pairs": {"MIN_PARTS": 2},
             "Seer": {"NEEDS_CONFOUNDERS": True},
+            "Penal": {"CONTROL": {"weight": 0.0}},
         },
         "datasets": {
             "Debug28": {"ENVIRONMENTS": ("0", "1", "2"), "CONFOUNDERS": ("even", "odd")},
@@ -136,6 +138,25 @@ def test_official_test_environments_only_where_domainbed_lacks_the_dataset():
     assert [args["test_envs"] for args in grid(["Own"], test_envs_list=[[0], [1, 2]])] == [[0], [1, 2]]
 
 
+def test_official_test_environments_on_demand():
+    args_list = grid(["Old", "Own", "Debug28"], data_dir="d", official_test_envs=True)
+    assert [(a["dataset"], a["test_envs"]) for a in args_list] == [
+        ("Old", [0]), ("Own", [2]), ("Debug28", [0]), ("Debug28", [1]), ("Debug28", [2]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"official_test_envs": True, "test_envs_list": [[0]]}, "--test_envs_list and --official_test_envs exclude"),
+        ({"steps": 5, "epochs": 2}, "--steps and --epochs exclude"),
+    ],
+)
+def test_two_answers_to_one_question(given, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**given)
+
+
 @pytest.mark.parametrize("envs", [[3], [-1], [0, 0], [], [0, 1, 2]])
 def test_impossible_test_environments(envs):
     with pytest.raises(ValueError, match=r"Debug28: test environments .* of 0 to 2"):
@@ -171,13 +192,6 @@ def test_rows_share_the_seed():
     assert len({args["seed"] for args in args_list}) == 1
 
 
-def test_hparams_of_rows_lie_over_the_sweeps():
-    assert jobs.merged_hparams('{"b":1}', None) == '{"b":1}'  # as typed
-    assert jobs.merged_hparams('{"c": 1, "b": 1}', {"b": 2, "a": 3}) == '{"a": 3, "b": 2, "c": 1}'
-    assert jobs.merged_hparams(None, {"a": True}) == '{"a": true}'
-    assert jobs.merged_hparams(None, {}) is None
-
-
 @pytest.mark.parametrize("hparams", ["{lr: 1}", "[1]", "3"])
 def test_hparams_that_are_no_object(hparams):
     with pytest.raises(ValueError, match="JSON"):
@@ -206,6 +220,53 @@ def test_extras_only_where_given():
     given = {"precision": "bf16", "checkpoint_freq": 5, "eval_splits": "selection", "keep_best": "aa_wga"}
     assert grid(**given) == [args | given for args in plain]
     assert grid(**dict.fromkeys(given), skip_model_save=False) == plain
+    assert grid(epochs=3, ranges='{"lr": "U(0, 1)"}') == [
+        a | {"epochs": 3, "ranges": '{"lr": "U(0, 1)"}'} for a in plain
+    ]
+
+
+def test_ranges_reach_the_command_and_those_of_rows_lie_over_the_sweeps(tmp_path):
+    row = SweepRow("IRM", ranges={"lr": [1, 2]})
+    erm, irm = make_jobs(grid(rows=[row], test_envs_list=[[0]], ranges='{"lr":"U(0, 1)","x":"U(1, 2)"}'), str(tmp_path))
+    assert """ --ranges '{"lr":"U(0, 1)","x":"U(1, 2)"}' """ in erm.command_str  # as typed
+    assert """ --ranges '{"lr": [1, 2], "x": "U(1, 2)"}' """ in irm.command_str
+
+
+def test_ranges_are_checked_before_anything_is_launched():
+    with pytest.raises(ValueError, match="range of lr"):
+        grid(ranges='{"lr": "10^N(0, 1)"}')
+    with pytest.raises(ValueError, match="ranges are a JSON object"):
+        grid(ranges="[1]")
+    with pytest.raises(ValueError, match="range of lr"):
+        grid(rows=[SweepRow("IRM", ranges={"lr": "U(1)"})])
+
+
+def test_a_row_may_differ_on_a_dataset():
+    row = SweepRow("IRM", hparams={"a": 1, "b": 1}, on={"Own": {"hparams": {"b": 2}, "ranges": {"c": "U(0, 1)"}}})
+    first, second = grid(["Debug28", "Own"], [], rows=[row], test_envs_list=[[0]])
+    assert (json.loads(first["hparams"]), first.get("ranges")) == ({"a": 1, "b": 1}, None)
+    assert (json.loads(second["hparams"]), second["ranges"]) == ({"a": 1, "b": 2}, '{"c": "U(0, 1)"}')
+
+
+def test_a_control_is_its_row_with_the_penalty_off():
+    """Equal seeds, draws and splits, so that nothing else tells the two apart."""
+    row = SweepRow("Penal", "group", hparams={"x": 1})
+    ranges = '{"z": "U(0, 1)"}'
+    method, control = grid(
+        algorithms=[], hparams='{"y": 2}', rows=[row], test_envs_list=[[2]], controls=True, ranges=ranges
+    )
+    assert control.pop("label") == "Penal:group, control"
+    assert json.loads(control.pop("hparams")) == {**json.loads(method.pop("hparams")), "weight": 0.0}
+    assert control == method
+    seed = int(hashlib.md5(b"('Debug28', 'Penal', [2], 0, 0)").hexdigest(), 16) % 2**31
+    assert (control["seed"], control["hparams_seed"], control["trial_seed"]) == (seed, 0, 0)
+
+
+def test_controls_follow_their_rows_and_leave_the_others_alone():
+    plain = grid(algorithms=["ERM", "Penal", "IRM"], test_envs_list=[[0]])
+    with_them = grid(algorithms=["ERM", "Penal", "IRM"], test_envs_list=[[0]], controls=True)
+    assert [a.get("label") for a in with_them] == [None, None, "Penal, control", None]
+    assert with_them[:2] + with_them[3:] == plain
 
 
 def test_same_run_twice(tmp_path):

@@ -156,6 +156,7 @@ class SpawriousBenchmark(MultipleDomainDataset):
     """
 
     ENVIRONMENTS = ("Test", "SC_group_1", "SC_group_2")
+    TEST_ENVS = (0,)
     NEEDS_DATA_DIR = True
     CONFOUNDERS = ("desert", "jungle", "dirt", "snow", "mountain", "beach")
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")

@@ -1,25 +1,35 @@
-"""Launches a grid of training runs, or deletes those that did not finish.
+"""Launches a grid of training runs, deletes those that did not finish, or trains the chosen draws with fresh seeds.
 
     python -m domainbed.scripts.sweep launch sweeps/digits.toml --output_dir runs --command_launcher local
+    python -m domainbed.scripts.sweep refit sweeps/digits.toml --input_dir runs --output_dir again --seeds 42 8 777
 
-A sweep file is TOML. Its keys are this script's flags, which win over it; ``hparams`` may be a table. Tables
-``[[rows]]`` with ``algorithm`` and, as needed, ``partition``, ``label`` and ``hparams`` follow ``algorithms``;
-``--algorithms`` on the command line stands in for both.
+A sweep file is TOML. Its keys are this script's flags, which win over it; ``hparams`` and ``ranges`` may be tables.
+Tables ``[[rows]]`` with ``algorithm`` and, as needed, ``partition``, ``label``, ``hparams``, ``ranges``, ``control``
+and ``on`` (``sweep_rows.SweepRow``) follow ``algorithms``; ``--algorithms`` on the command line stands in for both.
+
+``refit`` reads the records of a search and launches, per row, dataset and test environments, the draw that is best on
+validation, once for each of the seeds. Datasets, algorithms and rows, where they are given, say which of the search's
+to take. Whatever else a run was trained with stays, unless a flag or the file says otherwise; what only describes the
+search (hparams, ranges, label, numbers of draws and trials, test environments, splits) means nothing to it.
 """
 
 import argparse
-import json
+import logging
 import os
 import sys
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from domainbed import command_launchers, messages, registry, run_directory
-from domainbed.jobs import EXTRAS, Job, Outcome, SweepRow, all_test_env_combinations, make_args_list, make_jobs
+from domainbed import command_launchers, refit, registry, run_directory
+from domainbed.jobs import EXCLUSIVE, EXTRAS, Job, Outcome, all_test_env_combinations, make_args_list, make_jobs
+from domainbed.lib import reporting
+from domainbed.model_selection import CRITERIA
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.sweep_file import read_sweep_file
+from domainbed.sweep_rows import SweepRow
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Job", "all_test_env_combinations", "ask_for_confirmation", "main", "make_args_list"]
 
@@ -27,6 +37,12 @@ DOMAINBED_FLAGS = (
     "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "output_dir", "data_dir", "seed", "n_trials",
     "command_launcher", "steps", "hparams", "holdout_fraction", "single_test_envs", "skip_confirmation",
 )  # fmt: skip
+REQUIRED = {
+    "launch": ("output_dir", "command_launcher"),
+    "delete_incomplete": ("output_dir",),
+    "refit": ("input_dir", "output_dir", "seeds", "command_launcher"),
+}
+OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
 SHOWN_FAILURES = 5
 
 
@@ -62,9 +78,11 @@ def _environments(text: str) -> list[int]:
 
 def make_parser() -> DomainBedParser:
     """The parser; whatever a sweep file may set has no default here that would hide it."""
-    parser = DomainBedParser(DOMAINBED_FLAGS, description="Launch a grid of training runs, or delete unfinished ones.")
+    parser = DomainBedParser(
+        DOMAINBED_FLAGS, description="Launch a grid of training runs, delete unfinished ones, or refit."
+    )
     add = parser.add_argument
-    add("command", choices=["launch", "delete_incomplete"])
+    add("command", choices=list(REQUIRED))
     add("sweep_file", nargs="?", help="TOML file of flags and [[rows]], right after the command")
     add("--datasets", nargs="+", metavar="NAME", help="default: DomainBed's")
     add("--algorithms", nargs="+", metavar="NAME[:PARTITION]", help="default: DomainBed's")
@@ -82,6 +100,13 @@ def make_parser() -> DomainBedParser:
     add("--single_test_envs", action="store_true", help="leave out single environments, no pairs")
     add("--skip_confirmation", action="store_true", help="do not ask before launching or deleting")
     add("--test_envs_list", nargs="+", type=_environments, metavar="ENVS", help="one per job: 0 1,2 makes two")
+    add("--official_test_envs", action="store_true", help="every dataset's own test environments, where it has some")
+    add("--controls", action="store_true", help="each row's control (its method switched off) follows it")
+    add("--ranges", metavar="JSON", help='how to draw hparams, a JSON object like {"lambda_2": "10^U(-1, 2)"}')
+    add("--epochs", type=_at_least(1), help="in place of --steps")
+    add("--input_dir", help="a search's output_dir (refit)")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="of the chosen draws (refit)")
+    add("--criterion", default="aa_wga", choices=list(CRITERIA), help="what validation maximises (refit)")
     add("--workers", type=_at_least(1), help="commands at a time (launcher local)")
     add("--threads", type=_at_least(0), help="CPU threads of each command, 0 for no limit (launchers local, multi_gpu)")
     add("--label", help="what the tables call these rows")
@@ -96,84 +121,51 @@ def make_parser() -> DomainBedParser:
     return parser
 
 
-def read_sweep_file(path: str, flags: Sequence[str]) -> tuple[list[str], list[SweepRow]]:
-    """A sweep file as command-line words and rows.
-
-    Args:
-        flags: the keys that are allowed beside ``rows``.
-
-    Raises:
-        OSError: the file can't be read.
-        ValueError: it is no TOML, or holds a key or row that means nothing.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such sweep file; name a TOML file, or give the sweep as flags")
-    with open(path, "rb") as file:
-        try:
-            values = tomllib.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    rows = [_row(path, entry) for entry in values.pop("rows", [])]
-    for key in values:
-        if key not in flags:
-            raise ValueError(f"{path}: {messages.not_found('key', key, [*flags, 'rows'])}")
-    return [word for key, value in values.items() for word in _as_words(key, value)], rows
-
-
-def _row(path: str, entry: Any) -> SweepRow:
-    if not isinstance(entry, dict) or not isinstance(entry.get("algorithm"), str):
-        raise ValueError(f"{path}: each [[rows]] must be a table that names an algorithm; got {entry}")
-    known = [field.name for field in fields(SweepRow)]
-    for key in entry:
-        if key not in known:
-            raise ValueError(f"{path}: {messages.not_found('key of [[rows]]', key, known)}")
-    if not isinstance(entry.get("hparams", {}), dict):
-        raise ValueError(f"{path}: hparams of a row must be a table; got {entry['hparams']}")
-    return SweepRow(**entry)
-
-
-def _as_words(key: str, value: Any) -> list[str]:
-    """A key of a sweep file as it would be typed."""
-    if isinstance(value, bool):
-        return [f"--{key}"] if value else []
-    if isinstance(value, Mapping):
-        return [f"--{key}={json.dumps(value, sort_keys=True)}"]
-    if isinstance(value, list):
-        return [f"--{key}", *(",".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)]
-    return [f"--{key}={value}"]
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line over sweep file over defaults; ``rows`` are the sweep file's.
 
     Raises:
-        OSError, ValueError: see ``read_sweep_file``; or a required flag is missing.
+        OSError, ValueError: see ``read_sweep_file``; or a flag is missing, or means nothing to the command.
     """
     parser = make_parser()
-    args = parser.parse_args(argv)
+    typed = args = parser.parse_args(argv)
     rows: list[SweepRow] = []
-    if args.sweep_file:
-        words, rows = read_sweep_file(args.sweep_file, parser.flags())
-        rows = rows if args.algorithms is None else []
-        args = parser.parse_args(argv, parser.parse_args([args.command, args.sweep_file, *words]))
-    for flag in ("output_dir", *(["command_launcher"] if args.command == "launch" else [])):
+    if typed.sweep_file:
+        words, rows = read_sweep_file(typed.sweep_file, parser.flags())
+        rows = rows if typed.algorithms is None else []
+        args = parser.parse_args(argv, parser.parse_args([typed.command, typed.sweep_file, *words]))
+        _drop_overruled(args, typed)
+    _check_flags(args, typed)
+    args.rows = rows
+    if args.command != "refit":
+        args.datasets = args.datasets or default_names("datasets")
+        args.algorithms = args.algorithms or ([] if rows else default_names("algorithms"))
+    return args
+
+
+def _drop_overruled(args: argparse.Namespace, typed: argparse.Namespace) -> None:
+    """Takes from the file what the command line answers otherwise, as ``steps`` where ``--epochs`` is typed."""
+    for one, other in [*EXCLUSIVE, *((other, one) for one, other in EXCLUSIVE)]:
+        if getattr(typed, one) and not getattr(typed, other):
+            setattr(args, other, None)
+
+
+def _check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
+    for flag in REQUIRED[args.command]:
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag} is required, on the command line or in the sweep file")
-    args.rows = rows
-    args.datasets = args.datasets or default_names("datasets")
-    args.algorithms = args.algorithms or ([] if rows else default_names("algorithms"))
-    return args
+    if args.command == "refit":
+        for flag in OF_THE_SEARCH:
+            if getattr(typed, flag) is not None:
+                raise ValueError(f"--{flag} means nothing to refit, which takes it from the search; leave it out")
 
 
 def sweep_jobs(args: argparse.Namespace) -> list[Job]:
     """The jobs that the arguments mean, with the states they are in.
 
     Raises:
-        NotADirectoryError: the output directory is a file.
         NotImplementedError, ValueError: see ``make_args_list`` and ``make_jobs``.
     """
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; name a directory")
     args_list = make_args_list(
         args.n_trials,
         args.datasets,
@@ -188,9 +180,53 @@ def sweep_jobs(args: argparse.Namespace) -> list[Job]:
         args.hparams,
         rows=args.rows,
         test_envs_list=args.test_envs_list,
+        official_test_envs=bool(args.official_test_envs),
+        controls=args.controls,
         **{key: getattr(args, key) for key in EXTRAS},
     )
     return make_jobs(args_list, args.output_dir)
+
+
+def refit_jobs(args: argparse.Namespace) -> list[Job]:
+    """The jobs that train the chosen draws of ``args.input_dir`` with fresh seeds; prints what was chosen.
+
+    Raises:
+        FileNotFoundError: there is no search, or nothing in it of what is asked for.
+        ValueError: see ``refit.choose_draws`` and ``make_jobs``; or the output would go to the search.
+    """
+    if os.path.realpath(args.input_dir) == os.path.realpath(args.output_dir):
+        raise ValueError(f"--output_dir {args.output_dir} holds the search; name another one for its chosen draws")
+    draws = refit.choose_draws(searched_records(args), args.criterion, args.controls)
+    changes = {key: getattr(args, key) for key in ("steps", "data_dir", *EXTRAS) if key not in OF_THE_SEARCH}
+    jobs = make_jobs(refit.refit_args_list(draws, args.seeds, changes), args.output_dir)
+    for draw in draws:
+        print(f"Chosen by {args.criterion}: {draw}")
+    return jobs
+
+
+def searched_records(args: argparse.Namespace) -> list[refit.Record]:
+    """The records of ``args.input_dir`` that the given datasets, algorithms and rows leave; warns of unfinished runs.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if not os.path.isdir(args.input_dir):
+        raise FileNotFoundError(f"--input_dir {args.input_dir} is no directory; name the --output_dir of a sweep")
+    records = reporting.load_records(args.input_dir)
+    if not len(records):
+        raise FileNotFoundError(f"--input_dir {args.input_dir} holds no records; name the --output_dir of a sweep")
+    rows = [*map(SweepRow.parse, args.algorithms or ()), *args.rows]
+    taken = refit.wanted(records, args.datasets or (), rows)
+    if not taken:
+        raise FileNotFoundError(f"--input_dir {args.input_dir} holds no records of these datasets and algorithms")
+    _warn_of_unfinished(args.input_dir)
+    return taken
+
+
+def _warn_of_unfinished(input_dir: str) -> None:
+    unfinished = [path for path in Path(input_dir).iterdir() if path.is_dir() and not run_directory.is_done(path)]
+    if unfinished:
+        logger.warning("%d runs in %s are not finished; they count as far as they got", len(unfinished), input_dir)
 
 
 def ask_for_confirmation() -> None:
@@ -269,8 +305,11 @@ def main(argv: Sequence[str]) -> int:
     with bad_input():
         args = parse(argv)
         options = {"workers": args.workers, "threads": args.threads}
-        launcher = command_launchers.find(args.command_launcher, options) if args.command == "launch" else None
-        jobs = sweep_jobs(args)
+        deletes = args.command == "delete_incomplete"
+        launcher = None if deletes else command_launchers.find(args.command_launcher, options)
+        if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+            raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; name a directory")
+        jobs = refit_jobs(args) if args.command == "refit" else sweep_jobs(args)
     print_jobs(jobs)
     if launcher is None:
         return delete_incomplete(jobs, args.skip_confirmation)

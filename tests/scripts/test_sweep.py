@@ -1,6 +1,7 @@
 """The sweep script from its arguments to what it prints, makes and returns; and the parser that scripts share."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from domainbed import command_launchers, messages, registry, run_directory
-from domainbed.jobs import SweepRow
 from domainbed.scripts import BadInput, bad_input, run_cli, sweep
 from domainbed.scripts.arguments import DomainBedParser
+from domainbed.sweep_rows import SweepRow
 
 TRAIN_FLAGS = (
     "data_dir", "dataset", "algorithm", "task", "hparams", "hparams_seed", "trial_seed", "seed", "steps",
@@ -156,6 +157,8 @@ def declared(monkeypatch):
             "ENVIRONMENTS": tuple("abcd") if name == "Four" else tuple("abc"),
             "NEEDS_DATA_DIR": name == "Four",
             "CONFOUNDERS": "ab",
+            "CONTROL": {"weight": 0.0} if name == "Newer" else {},
+            "TEST_ENVS": (1,) if name == "Debug28" else None,
         }
         return facts.get(attribute, default)
 
@@ -332,6 +335,10 @@ def test_launcher_without_its_machine(run, monkeypatch):
         (["--hparams", "{lr: 1}"], "hparams are a JSON object"),
         (["--test_envs_list", "0,1,2"], r"test environments \[0, 1, 2\] are not possible"),
         (["--algorithms", "ERM", "ERM:environment"], "two jobs are the same run"),
+        (["--ranges", '{"lr": "N(0, 1)"}'], "range of lr"),
+        (["--steps", "5", "--epochs", "2"], "--steps and --epochs exclude each other"),
+        (["--test_envs_list", "0", "--official_test_envs"], "--test_envs_list and --official_test_envs exclude"),
+        (["--controls"], "none of ERM has one; leave out --controls"),
     ],
 )
 def test_bad_input_before_anything_is_made(run, words, message):
@@ -347,6 +354,9 @@ def test_bad_input_before_anything_is_made(run, words, message):
         (["--workers", "0"], "0 is below 1"),
         (["--threads", "-1"], "-1 is below 0"),
         (["--task", "dg"], "invalid choice: 'dg'"),
+        (["--epochs", "0"], "0 is below 1"),
+        (["--seeds", "x"], "invalid int value: 'x'"),
+        (["--criterion", "aa"], "invalid choice: 'aa'"),
     ],
 )
 def test_flags_are_checked(run, capsys, words, message):
@@ -456,6 +466,12 @@ def test_rows_alone_are_the_sweep(declared, tmp_path):
             "not found: partion; did you mean partition",
         ),
         ("[[rows]]\nalgorithm = 'ERM'\nhparams = '{}'", "hparams of a row must be a table"),
+        ("[[rows]]\nalgorithm = 'ERM'\nranges = '{}'", "ranges of a row must be a table"),
+        ("[[rows]]\nalgorithm = 'ERM'\ncontrol = 'yes'", "control of a row must be true or false"),
+        (
+            "[[rows]]\nalgorithm = 'ERM'\non.Debug28.steps = 5",
+            r"on.Debug28 of a row must hold tables hparams or ranges",
+        ),
         ("n_trials = 1", "--output_dir is required, on the command line or in the sweep file"),
         ("output_dir = 'o'", "--command_launcher is required"),
     ],
@@ -478,3 +494,143 @@ def test_sweep_file_with_a_wrong_type(declared, tmp_path, capsys):
 def test_missing_sweep_file(declared):
     with pytest.raises(BadInput, match=r"nowhere\.toml"):
         sweep.main(["launch", "nowhere.toml"])
+
+
+def test_ranges_epochs_controls_and_official_environments_from_a_file(run, tmp_path):
+    path = tmp_path / "b.toml"
+    path.write_text(
+        'epochs = 3\nofficial_test_envs = true\ncontrols = true\nranges = { lr = "10^U(-4, -2)" }\n'
+        "seeds = [42, 8]\ncriterion = 'wga'\ninput_dir = 'somewhere'\n"
+        "[[rows]]\nalgorithm = 'Newer'\non.Debug28.ranges = { wd = [0.0] }\n"
+        "[[rows]]\nalgorithm = 'Newer'\npartition = 'group'\ncontrol = false\n"
+    )
+    words = ["--datasets", "Debug28", "--n_hparams", "1", "--n_trials", "1", "--skip_confirmation"]
+    words += ["--output_dir", str(run.out), "--command_launcher", "recorder"]
+    assert sweep.main(["launch", str(path), *words]) == 0
+    [commands] = run.commands
+    assert all(" --epochs 3 " in command and " --test_envs 1 " in command for command in commands)
+    assert sum(""" --ranges '{"lr": "10^U(-4, -2)", "wd": [0.0]}' """ in command for command in commands) == 2
+    [control] = [command for command in commands if "--label" in command]
+    assert """ --hparams '{"weight": 0.0}' """ in control
+    assert " --label 'Newer, control' " in control
+    assert len(commands) == 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "typed", "expected"),
+    [
+        ("epochs = 3", ["--steps", "5"], {"steps": 5, "epochs": None}),
+        ("steps = 3", ["--epochs", "5"], {"steps": None, "epochs": 5}),
+        ("official_test_envs = true", ["--test_envs_list", "0"], {"official_test_envs": None, "test_envs_list": [[0]]}),
+        ("test_envs_list = [[0]]", ["--official_test_envs"], {"official_test_envs": True, "test_envs_list": None}),
+    ],
+)
+def test_a_flag_wins_over_the_files_other_answer(declared, tmp_path, kept, typed, expected):
+    path = tmp_path / "a.toml"
+    path.write_text(kept)
+    args = vars(sweep.parse(["launch", str(path), "--output_dir", "o", "--command_launcher", "local", *typed]))
+    assert {key: args[key] for key in expected} == expected
+
+
+def checkpoint(score, **args):
+    """A record of Newer on Debug28, tested on environment 1."""
+    measured = {f"env{env}_{split}_{metric}": score for env in range(3) for split in ("in", "out")
+                for metric in ("acc", "wga", "g0_acc")}  # fmt: skip
+    counts = {f"env{env}_{split}_g0_n": 5 for env in range(3) for split in ("in", "out")}
+    args = {"algorithm": "Newer", "dataset": "Debug28", "test_envs": [1], "trial_seed": 0, "hparams_seed": 0, **args}
+    return {"step": 30, "hparams": {"lr": score, "weight": 1.0}, "args": {"seed": 5, **args}, **measured, **counts}
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """A search of two draws, the second one better and unfinished."""
+    for draw, score in ((1, 0.25), (2, 0.5)):
+        directory = tmp_path / "search" / str(draw)
+        directory.mkdir(parents=True)
+        (directory / "results.jsonl").write_text(json.dumps(checkpoint(score, hparams_seed=draw)) + "\n")
+    run_directory.mark_done(tmp_path / "search" / "1")
+    return str(tmp_path / "search")
+
+
+@pytest.fixture
+def refit(run):
+    def refit(*words, seeds=("42", "8")):
+        place = ["--output_dir", str(run.out), "--command_launcher", "recorder", "--skip_confirmation"]
+        return sweep.main(["refit", *words, "--seeds", *seeds, *place])
+
+    return refit
+
+
+def test_refit(run, refit, searched, capsys, caplog):
+    assert refit("--input_dir", searched, "--controls", "--steps", "9", "--no_model_save") == 0
+    out = capsys.readouterr().out
+    where = "Debug28, test_envs [1]: 0.5000 (trial_seed 0, hparams_seed 2, step 30)\n"
+    assert out.startswith(f"Chosen by aa_wga: Newer, {where}Chosen by aa_wga: Newer, control, {where}")
+    assert "4 jobs: 0 done, 0 incomplete, 4 not launched.\nAbout to launch 4 jobs.\n" in out
+    assert "1 runs in" in caplog.text
+    assert "are not finished" in caplog.text
+    [commands] = run.commands
+    for seed in (42, 8):
+        for name, weight in (("Newer", "1.0"), ("'Newer, control'", "0.0")):
+            hparams = f"""--hparams '{{"lr": 0.5, "weight": {weight}}}' --hparams_seed 0 --label {name} """
+            rest = f"--seed {seed} --skip_model_save --steps 9 --test_envs 1 --trial_seed 0"
+            assert sum(hparams in command and rest in command for command in commands) == 1
+
+
+def test_refit_again_starts_only_what_is_missing(run, refit, searched, capsys):
+    refit("--input_dir", searched)
+    for directory in run.out.iterdir():
+        run_directory.mark_done(directory)
+    refit("--input_dir", searched, seeds=("42", "8", "777"))
+    assert "3 jobs: 2 done, 0 incomplete, 1 not launched.\n" in capsys.readouterr().out
+
+
+def test_refit_from_the_file_of_the_search(run, searched, tmp_path):
+    """What only describes the search is passed over; what says how to train, and whom, is not."""
+    path = tmp_path / "a.toml"
+    path.write_text(
+        f"input_dir = '{searched}'\nseeds = [42, 8]\ncriterion = 'wga'\ndatasets = ['Debug28']\nlabel = 'L'\n"
+        "hparams = { lr = 9.0 }\nranges = { lr = 'U(0, 1)' }\nn_hparams = 99\nepochs = 4\nofficial_test_envs = true\n"
+        "[[rows]]\nalgorithm = 'Newer'\n"
+    )
+    words = ["--output_dir", str(run.out), "--command_launcher", "recorder", "--skip_confirmation"]
+    assert sweep.main(["refit", str(path), *words]) == 0
+    [commands] = run.commands
+    assert len(commands) == 2
+    for command in commands:
+        assert """ --epochs 4 --hparams '{"lr": 0.5, "weight": 1.0}' --hparams_seed 0 --label Newer """ in command
+        assert "--ranges" not in command
+    words += ["--algorithms", "IRM"]
+    with pytest.raises(BadInput, match="no records of these datasets and algorithms"):
+        sweep.main(["refit", str(path), *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--input_dir is required"),
+        (["--input_dir", "nowhere"], "--input_dir nowhere is no directory"),
+        (["--input_dir", "OUT"], "holds the search; name another one"),
+        (["--input_dir", "EMPTY"], "holds no records"),
+        (["--input_dir", "SEARCH", "--hparams", "{}"], "--hparams means nothing to refit"),
+        (["--input_dir", "SEARCH", "--label", "L"], "--label means nothing to refit"),
+        (["--input_dir", "SEARCH", "--datasets", "Four"], "no records of these datasets"),
+        (["--input_dir", "SEARCH", "--steps", "1", "--epochs", "1"], "--steps and --epochs exclude each other"),
+    ],
+)
+def test_what_refit_refuses(run, refit, searched, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    places = {"OUT": str(run.out) + "/.", "EMPTY": str(tmp_path / "empty"), "SEARCH": searched}
+    with pytest.raises(BadInput, match=message):
+        refit(*(places.get(word, word) for word in words))
+    assert not run.out.exists()
+
+
+def test_refit_needs_groups(refit, searched):
+    path = Path(searched, "1", "results.jsonl")
+    Path(searched, "2", "results.jsonl").unlink()
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "_g" not in k and "wga" not in k})
+    )
+    with pytest.raises(BadInput, match="none of 1 records has what aa_wga goes by"):
+        refit("--input_dir", searched)
