@@ -3,7 +3,8 @@
 The modules in the order in which data flows; each imports only from those above it:
 
     seeding, console, machine,
-    messages, overrides               the hash of seeds; table rows; CPU cores; wording; hparams as users write them
+    messages, overrides, paired       the hash of seeds; table rows; CPU cores; wording; hparams as users write them;
+                                      statistics of paired numbers
     metadata, manifests               CSV files; those that list a dataset's images
     registry                          name -> class; class attributes read without importing
     lib/                              helpers at the paths that DomainBed users import
@@ -13,7 +14,9 @@ The modules in the order in which data flows; each imports only from those above
     datasets/                      1  images, labels y, confounders c, groups g, environments e
     splits, partitions, loaders,
     notices                        2  what is trained on; which examples share a minibatch; batches; warnings
-    backbones, networks, attribution, similarities   3  featurizers; Grad-CAM; two maps -> one score per image
+    backbones, networks, branches,
+    feature_maps, attribution,
+    similarities                   3  featurizers; two with a shared trunk; a layer's maps; heatmaps; how alike two are
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy

@@ -1,6 +1,7 @@
 """eX2L: keep a label network's eyes off what a confounder network looks at; one row per similarity."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,75 +15,24 @@ from domainbed.algorithms.base import (
     Task,
     concatenate,
     learning_rate,
+    make_optimizer,
     register,
     weight_decay,
 )
-from domainbed.attribution import POLICIES, capture, grad_cam, target_logit
+from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
+from domainbed.branches import Branch, trunk_output
+from domainbed.feature_maps import capture, has_active_dropout, has_linear_head
 from domainbed.lib.misc import predicted_labels
 
 
-def _network(input_shape: Sequence[int], n_outputs: int, hparams: dict[str, Any]) -> nn.Sequential:
+def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
     featurizer = networks.Featurizer(input_shape, hparams)
     if not hasattr(featurizer, "map_layer"):
         raise ValueError(
             f"{type(featurizer).__name__} has no feature maps (B, C, h, w), which Grad-CAM needs; "
             "take a convolutional network, a ViT or a Swin (docs/backbones.md)"
         )
-    return nn.Sequential(
-        featurizer, networks.Classifier(featurizer.n_outputs, n_outputs, hparams["nonlinear_classifier"])
-    )
-
-
-def explain(
-    network: nn.Sequential, x: Tensor, target: Tensor | None, *, policy: str, layer: str = "", relu: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Logits, and Grad-CAM of the target class, from one forward pass.
-
-    Args:
-        network: featurizer and classifier.
-        x: (B, C, H, W).
-        target: (B,) int64, the class whose logit is explained; None: the predicted one.
-        policy: what a loss on the heatmaps can change (see ``grad_cam``).
-        layer: name of the featurizer's module that is explained; "" is its ``map_layer``.
-        relu: keep only what speaks for the target.
-
-    Returns:
-        Logits (B, K) and heatmaps (B, h, w), float32.
-    """
-    featurizer: Any = network[0]
-    with capture(featurizer.get_submodule(layer) if layer else featurizer.map_layer) as seen:
-        logits = network(x)
-    score = target_logit(logits, predicted_labels(logits) if target is None else target)
-    return logits, grad_cam(seen.maps, score, policy=policy, relu=relu)
-
-
-def is_live(maps: Tensor) -> Tensor:
-    """Which heatmaps (B, h, w) say anything: (B,) bool."""
-    return maps.detach().abs().amax(dim=(1, 2)) > 0
-
-
-def watch(label_maps: Tensor, confounder_maps: Tensor) -> dict[str, float]:
-    """What tells how the two networks look, from their heatmaps (B, h, w).
-
-    ``dead_maps`` is the fraction of images with an all-zero map, ``dead_label_maps`` and ``dead_confounder_maps`` by
-    network. Of the others: ``map_overlap``, the soft intersection over union of the two maps, and ``label_coverage``
-    and ``confounder_coverage``, the mean of a map divided by its maximum.
-    """
-    with torch.no_grad():
-        live = is_live(label_maps), is_live(confounder_maps)
-        both = (live[0] & live[1]).float()
-        a, b = (similarities.normalise(maps.relu(), "max") for maps in (label_maps, confounder_maps))
-        overlap = similarities.soft_iou(a, b)
-        number = both.sum().clamp_min(1)
-        found = {
-            "dead_maps": 1 - both.mean(),
-            "dead_label_maps": 1 - live[0].float().mean(),
-            "dead_confounder_maps": 1 - live[1].float().mean(),
-            "map_overlap": (overlap * both).sum() / number,
-            "label_coverage": (a.mean(dim=(1, 2)) * both).sum() / number,
-            "confounder_coverage": (b.mean(dim=(1, 2)) * both).sum() / number,
-        }
-    return {name: value.item() for name, value in found.items()}
+    return featurizer
 
 
 def risk(logits: Tensor, target: Tensor) -> Tensor:
@@ -141,6 +91,9 @@ class EX2L(Algorithm):
         map_target: "true" labels, or "predicted" ones.
         map_layer: module of the featurizer whose output is explained; "" is its ``map_layer``.
         map_relu: keep only what speaks for the target.
+        map_method: a name in ``attribution.METHODS``.
+        shared_from: "" for two networks; "classifier" for one featurizer with two classifiers; or the name of the
+            featurizer's first module that the two do not share. What is shared is trained with lr_l.
         one_logit: a network with two outputs has a single logit instead.
     """
 
@@ -164,6 +117,8 @@ class EX2L(Algorithm):
         "map_target": ("true", lambda r: "true"),
         "map_layer": ("", lambda r: ""),
         "map_relu": (True, lambda r: True),
+        "map_method": ("grad_cam", lambda r: "grad_cam"),
+        "shared_from": ("", lambda r: ""),
         "one_logit": (False, lambda r: False),
     }
     CHOICES = {
@@ -171,6 +126,7 @@ class EX2L(Algorithm):
         "similarity_gradient": ("both", "label", "confounder"),
         "map_normalisation": ("own", *similarities.NORMALISATIONS),
         "map_target": ("true", "predicted"),
+        "map_method": tuple(METHODS),
     }
 
     def __init__(
@@ -190,15 +146,31 @@ class EX2L(Algorithm):
         self.similarity = similarities.REGISTRY[self.SIMILARITY]
         self._check_readings(num_classes, num_confounders)
 
-        self.network = _network(input_shape, self._outputs(num_classes), hparams)
-        self.featurizer, self.classifier = self.network
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=hparams["lr_l"], weight_decay=hparams["wd_l"])
-        self.confounder_network = _network(input_shape, self._outputs(num_confounders), hparams)
-        self.confounder_featurizer, self.confounder_classifier = self.confounder_network
-        self.confounder_optimizer = torch.optim.Adam(
-            self.confounder_network.parameters(), lr=hparams["lr_c"], weight_decay=hparams["wd_c"]
-        )
+        self.featurizer = _featurizer(input_shape, hparams)
+        self.classifier = self._classifier(num_classes)
+        self.network = nn.Sequential(self.featurizer, self.classifier)
+        self.confounder_featurizer = self._confounder_featurizer(input_shape)
+        self.confounder_classifier = self._classifier(num_confounders)
+        self.confounder_network = nn.Sequential(self.confounder_featurizer, self.confounder_classifier)
+        own = self.confounder_classifier if self._shares_all() else self.confounder_network
+        self.optimizer = make_optimizer(self.network.parameters(), hparams["lr_l"], hparams["wd_l"], hparams)
+        self.confounder_optimizer = make_optimizer(own.parameters(), hparams["lr_c"], hparams["wd_c"], hparams)
+        self.linear_head = not hparams["map_layer"] and has_linear_head(self.featurizer, self.classifier, input_shape)
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
+
+    def _classifier(self, num_values: int) -> nn.Module:
+        n_outputs = 1 if num_values == 2 and self.hparams["one_logit"] else num_values
+        return networks.Classifier(self.featurizer.n_outputs, n_outputs, self.hparams["nonlinear_classifier"])
+
+    def _shares_all(self) -> bool:
+        return self.hparams["shared_from"] == "classifier"
+
+    def _confounder_featurizer(self, input_shape: Sequence[int]) -> Any:
+        if self._shares_all():
+            return self.featurizer
+        if layer := self.hparams["shared_from"]:
+            return Branch(self.featurizer, layer, input_shape, self.hparams["map_layer"])
+        return _featurizer(input_shape, self.hparams)
 
     def _check_readings(self, num_classes: int, num_confounders: int) -> None:
         for name, choices in self.CHOICES.items():
@@ -217,9 +189,6 @@ class EX2L(Algorithm):
                 f"one_logit is for two classes or two confounder values; there are {num_classes} and {num_confounders}"
             )
 
-    def _outputs(self, num_values: int) -> int:
-        return 1 if num_values == 2 and self.hparams["one_logit"] else num_values
-
     @classmethod
     def from_task(cls, task: Task, hparams: dict[str, Any]) -> "EX2L":
         return cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.num_confounders)
@@ -227,9 +196,7 @@ class EX2L(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
         c = confounders(minibatches)
-        label_logits, label_maps = self._explain(self.network, x, y)
-        confounder_logits, confounder_maps = self._explain(self.confounder_network, x, c)
-
+        (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
         similarity, values = self.mean_similarity(label_maps, confounder_maps)
         loss = label_loss + self.hparams["lambda_1"] * confounder_loss + self.similarity_weight() * similarity
@@ -248,16 +215,41 @@ class EX2L(Algorithm):
             **values,
         }
 
-    def _explain(self, network: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        hparams = self.hparams
-        return explain(
-            network,
-            x,
-            target if hparams["map_target"] == "true" else None,
-            policy=hparams["map_gradient"],
-            layer=hparams["map_layer"],
-            relu=hparams["map_relu"],
+    def explain(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Logits and heatmaps (B, h, w) of the label network, and of the confounder network; what is shared runs once.
+
+        Args:
+            x: (B, C, H, W).
+            y, c: (B,) int64, the targets (unless predicted ones are explained).
+        """
+        shared = self.hparams["shared_from"]
+        with differentiable(self.hparams["map_gradient"]):
+            with capture(self._map_layer(self.featurizer)) as seen, self._trunk() as trunk:
+                features = self.featurizer(x)
+            label = self._explained(self.classifier, features, seen.maps, y)
+            if not self._shares_all():
+                with capture(self._map_layer(self.confounder_featurizer)) as seen:
+                    features = self.confounder_featurizer(trunk.value if shared else x)
+            return label, self._explained(self.confounder_classifier, features, seen.maps, c)
+
+    def _map_layer(self, featurizer: Any) -> Any:
+        name = self.hparams["map_layer"]
+        return featurizer.get_submodule(name) if name and not isinstance(featurizer, Branch) else featurizer.map_layer
+
+    def _trunk(self) -> AbstractContextManager[Any]:
+        shared = self.hparams["shared_from"]
+        return trunk_output(self.featurizer, shared) if shared and not self._shares_all() else nullcontext()
+
+    def _explained(
+        self, classifier: nn.Module, features: Tensor, maps: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits, hparams = classifier(features), self.hparams
+        linear: Any = classifier if self.linear_head and not has_active_dropout(self.featurizer) else None
+        wanted = target if hparams["map_target"] == "true" else None
+        found = heatmaps(
+            maps, logits, wanted, hparams["map_method"], hparams["map_gradient"], hparams["map_relu"], linear
         )
+        return logits, found
 
     def similarity_weight(self) -> float:
         """The weight of the similarity in this update."""
@@ -267,12 +259,12 @@ class EX2L(Algorithm):
 
     def mean_similarity(self, label_maps: Tensor, confounder_maps: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Mean of s over the images with two live heatmaps (0 if there are none), and what to watch of the maps."""
-        values = watch(label_maps, confounder_maps)
+        values = similarities.describe(label_maps, confounder_maps)
         if self.hparams["similarity_gradient"] == "label":
             confounder_maps = confounder_maps.detach()
         elif self.hparams["similarity_gradient"] == "confounder":
             label_maps = label_maps.detach()
-        alive = is_live(label_maps) & is_live(confounder_maps)  # (B,)
+        alive = similarities.is_live(label_maps) & similarities.is_live(confounder_maps)  # (B,)
         how = self.hparams["map_normalisation"]
         scores = self.similarity(label_maps, confounder_maps, None if how == "own" else how)
         mean = (scores * alive).sum() / alive.sum().clamp_min(1)
@@ -283,7 +275,9 @@ class EX2L(Algorithm):
 
     def predict_confounder(self, x: Tensor) -> Tensor:
         """Confounder logits (B, V) of images x (B, C, H, W)."""
-        return self.confounder_network(x)
+        if self.hparams["shared_from"] and not self._shares_all():
+            return self.confounder_classifier(self.confounder_featurizer.full(self.featurizer, x))
+        return self.confounder_classifier(self.confounder_featurizer(x))
 
 
 @register

@@ -234,3 +234,36 @@ def soft_dice(a: Tensor, b: Tensor) -> Tensor:
     Source: eX2L, equation 34, after Milletari, Navab, Ahmadi 2016, V-Net, https://arxiv.org/abs/1606.04797.
     """
     return 2 * (a * b).sum(1) / (a.sum(1) + b.sum(1) + EPS)
+
+
+def is_live(maps: Tensor) -> Tensor:
+    """Which heatmaps (B, H, W) are not all zero: (B,) bool."""
+    return maps.detach().abs().amax(dim=(1, 2)) > 0
+
+
+@torch.no_grad()
+def describe(label_maps: Tensor, confounder_maps: Tensor) -> dict[str, float]:
+    """What tells how two networks look, whatever the similarity, from their heatmaps (B, H, W).
+
+    Returns:
+        ``dead_maps``, the fraction of images with an all-zero map, and ``dead_label_maps``, ``dead_confounder_maps``
+        by network. Over the images without: ``map_overlap``, the mean soft intersection over union of the two maps, and
+        ``label_coverage``, ``confounder_coverage``, the mean of a map divided by its maximum. Negative values count as
+        zero in these.
+    """
+    live, live_c = is_live(label_maps), is_live(confounder_maps)
+    both = live & live_c
+    a, b = (normalise(maps.relu(), "max") for maps in (label_maps, confounder_maps))
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * both).sum() / both.sum().clamp_min(1)
+
+    found = {
+        "dead_maps": 1 - both.float().mean(),
+        "dead_label_maps": 1 - live.float().mean(),
+        "dead_confounder_maps": 1 - live_c.float().mean(),
+        "map_overlap": mean(soft_iou(a, b, "none")),
+        "label_coverage": mean(a.mean(dim=(1, 2))),
+        "confounder_coverage": mean(b.mean(dim=(1, 2))),
+    }
+    return {name: value.item() for name, value in found.items()}

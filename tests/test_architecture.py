@@ -15,14 +15,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the top to the bottom; a module may import those before it, and those of its own entry.
 LAYERS = [
-    ["seeding", "console", "machine", "messages", "overrides"], ["metadata"], ["manifests"], ["registry"],
+    ["seeding", "console", "machine", "messages", "overrides", "paired"], ["metadata"], ["manifests"], ["registry"],
     ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
     ["downloading", "unpacking"], ["releases"],
-    ["datasets"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"], ["attribution"],
-    ["similarities"],
+    ["datasets"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"],
+    ["branches"], ["feature_maps"], ["attribution"], ["similarities"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["cards"], ["lib.reporting"],
-    ["run_directory"], ["training"], ["rows"], ["model_selection"], ["tables"], ["jobs"], ["command_launchers"],
+    ["run_directory"], ["training"], ["rows"], ["model_selection"], ["pairs"], ["tables"], ["group_tables"],
+    ["control_tables", "screening_tables"], ["sweep_rows"], ["jobs"], ["refit"], ["command_launchers"],
     ["scripts"],
 ]  # fmt: skip
 EDGE = {"scripts"}  # where names may stand as defaults of flags
