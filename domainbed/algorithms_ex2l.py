@@ -1,6 +1,6 @@
 """eX2L: keep a label network's eyes off what a confounder network looks at; one row per similarity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from domainbed.algorithms.base import (
     Minibatches,
     Task,
     concatenate,
+    confounders,
     learning_rate,
     make_optimizer,
     register,
@@ -42,89 +43,40 @@ def risk(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def confounders(minibatches: Minibatches) -> Tensor:
-    """All confounder labels c of a step, in the minibatches' order; (sum of B,) int64 in [0, V).
-
-    Raises:
-        ValueError: a minibatch carries none.
-    """
-    labels: list[Any] = [getattr(minibatch, "c", None) for minibatch in minibatches]
-    if any(c is None for c in labels):
-        raise ValueError(
-            "eX2L got minibatches (x, y) without confounder labels; draw them with the package's own loaders, "
-            "whose minibatches carry `.c`"
-        )
-    return torch.cat(labels)
-
-
-class EX2L(Algorithm):
-    """Two classifiers, and a price on looking at the same pixels; a row names the similarity s.
-
-    ``L = CE(f(x), y) + lambda_1 CE(g(x), c) + lambda_2 mean_i s(H^Y_i, H^C_i)``
-
-    f is the label network (K logits), g the confounder network (V logits), both with a featurizer of their own.
-    H^Y_i (h, w) is Grad-CAM of logit y_i of f on image i, H^C_i that of logit c_i of g: with the maps A (C, h, w)
-    of the featurizer's ``map_layer`` and Z = h w pixels, ``H = ReLU(sum_k w_k A_k)``,
-    ``w_k = (1 / Z) sum_p d logit / d A_kp``. One forward of each network, one backward of the sum, one step of each
-    network's optimizer. Only f predicts. docs/ex2l.md has every reading of the paper that the hparams choose among.
-
-    Source: Medina, Minoza, Ibanez 2026, "eXplaining to Learn (eX2L): Regularization Using Contrastive Visual
-    Explanation Pairs for Distribution Shifts", https://arxiv.org/abs/2605.06368, equations 2 to 4.
-
-    Differs (docs/ex2l.md has the reasons at length):
-        The paper calls the heatmap detached, with which lambda_2 would have no effect at all. Here the weights w
-        are constants and the maps A are live: no second derivatives, yet a penalty that trains both networks.
-        Heatmaps are put on a common scale before they are compared, for s must not fall by scaling one of them.
-        Images with an all-zero heatmap are left out of the mean: where a network looks is not defined for them.
-        lambda_2 is .3 and drawn from 10^U(-2, 1), not 10^U(-1, 2): at 1 most of our first runs collapsed.
-        Adam in place of SGD, since the learning rates of the paper are those of DomainBed, tuned for Adam.
+class TwoNetworks(Algorithm):
+    """A label network f and a confounder network g that can say where they look; what trains them is the subclass's.
 
     Hparams:
-        lambda_1: weight of the confounder network's risk.
-        lambda_2: weight of the similarity.
-        lambda_2_ramp: updates in which that weight grows from 0, linearly; 0: it is constant.
         lr_l, lr_c: learning rates of the label and of the confounder network.
         wd_l, wd_c: their weight decays (the shared lr and weight_decay are not read).
-        map_gradient: what the similarity trains: "constant" (A), "full" (A and w), "none" (nothing: the control).
-        similarity_gradient: through whose heatmap: "both", "label" or "confounder".
-        map_normalisation: "own" (the similarity's), or one of ``similarities.NORMALISATIONS``.
-        map_target: "true" labels, or "predicted" ones.
-        map_layer: module of the featurizer whose output is explained; "" is its ``map_layer``.
-        map_relu: keep only what speaks for the target.
-        map_method: a name in ``attribution.METHODS``.
         shared_from: "" for two networks; "classifier" for one featurizer with two classifiers; or the name of the
             featurizer's first module that the two do not share. What is shared is trained with lr_l.
         one_logit: a network with two outputs has a single logit instead.
+        map_gradient: what a loss on the heatmaps trains: "constant" (the maps A), "full" (A and their weights w),
+            "none" (nothing).
+        map_target: explain the "true" label and confounder, or the "predicted" ones.
+        map_layer: module of the featurizer whose output is explained; "" is its ``map_layer``.
+        map_relu: keep only what speaks for the target.
+        map_method: a name in ``attribution.METHODS``.
     """
 
-    PARTITION = "group"
     NEEDS_CONFOUNDERS = True
-    CONTROL = {"map_gradient": "none"}
     UNREAD_HPARAMS = ("lr", "weight_decay")
-    SIMILARITY: ClassVar[str]
-    update_count: Tensor
     HPARAMS = {
-        "lambda_1": (1.0, lambda r: 10 ** r.uniform(-1, 2)),
-        "lambda_2": (0.3, lambda r: 10 ** r.uniform(-2, 1)),
-        "lambda_2_ramp": (0, lambda r: 0),
         "lr_l": learning_rate,
         "lr_c": learning_rate,
         "wd_l": weight_decay,
         "wd_c": weight_decay,
+        "shared_from": ("", lambda r: ""),
+        "one_logit": (False, lambda r: False),
         "map_gradient": ("constant", lambda r: "constant"),
-        "similarity_gradient": ("both", lambda r: "both"),
-        "map_normalisation": ("own", lambda r: "own"),
         "map_target": ("true", lambda r: "true"),
         "map_layer": ("", lambda r: ""),
         "map_relu": (True, lambda r: True),
         "map_method": ("grad_cam", lambda r: "grad_cam"),
-        "shared_from": ("", lambda r: ""),
-        "one_logit": (False, lambda r: False),
     }
-    CHOICES = {
+    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {
         "map_gradient": POLICIES,
-        "similarity_gradient": ("both", "label", "confounder"),
-        "map_normalisation": ("own", *similarities.NORMALISATIONS),
         "map_target": ("true", "predicted"),
         "map_method": tuple(METHODS),
     }
@@ -143,9 +95,7 @@ class EX2L(Algorithm):
                 f"{type(self).__name__} needs at least 2 confounder values, got num_confounders={num_confounders}; "
                 "take a dataset with confounder labels and build with from_task, which passes their number on"
             )
-        self.similarity = similarities.REGISTRY[self.SIMILARITY]
-        self._check_readings(num_classes, num_confounders)
-
+        self._check_hparams(num_classes, num_confounders)
         self.featurizer = _featurizer(input_shape, hparams)
         self.classifier = self._classifier(num_classes)
         self.network = nn.Sequential(self.featurizer, self.classifier)
@@ -156,7 +106,19 @@ class EX2L(Algorithm):
         self.optimizer = make_optimizer(self.network.parameters(), hparams["lr_l"], hparams["wd_l"], hparams)
         self.confounder_optimizer = make_optimizer(own.parameters(), hparams["lr_c"], hparams["wd_c"], hparams)
         self.linear_head = not hparams["map_layer"] and has_linear_head(self.featurizer, self.classifier, input_shape)
-        self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "TwoNetworks":
+        return cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.num_confounders)
+
+    def _check_hparams(self, num_classes: int, num_confounders: int) -> None:
+        for name, choices in self.CHOICES.items():
+            if self.hparams[name] not in choices:
+                raise ValueError(f"{name} {self.hparams[name]!r} is unknown; take one of {', '.join(choices)}")
+        if self.hparams["one_logit"] and 2 not in (num_classes, num_confounders):
+            raise ValueError(
+                f"one_logit is for two classes or two confounder values; there are {num_classes} and {num_confounders}"
+            )
 
     def _classifier(self, num_values: int) -> nn.Module:
         n_outputs = 1 if num_values == 2 and self.hparams["one_logit"] else num_values
@@ -172,56 +134,8 @@ class EX2L(Algorithm):
             return Branch(self.featurizer, layer, input_shape, self.hparams["map_layer"])
         return _featurizer(input_shape, self.hparams)
 
-    def _check_readings(self, num_classes: int, num_confounders: int) -> None:
-        for name, choices in self.CHOICES.items():
-            if self.hparams[name] not in choices:
-                raise ValueError(f"{name} {self.hparams[name]!r} is unknown; take one of {', '.join(choices)}")
-        how = self.similarity.normalisation if self.hparams["map_normalisation"] == "own" else None
-        if not self.hparams["map_relu"] and (
-            not self.similarity.signed or "l1" in (how, self.hparams["map_normalisation"])
-        ):
-            raise ValueError(
-                f"map_relu false: {type(self).__name__} compares maps without negative values; keep the ReLU"
-                + (", or set map_normalisation to max" if self.similarity.signed else "")
-            )
-        if self.hparams["one_logit"] and 2 not in (num_classes, num_confounders):
-            raise ValueError(
-                f"one_logit is for two classes or two confounder values; there are {num_classes} and {num_confounders}"
-            )
-
-    @classmethod
-    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "EX2L":
-        return cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.num_confounders)
-
-    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        x, y = concatenate(minibatches)
-        c = confounders(minibatches)
-        (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
-        label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
-        similarity, values = self.mean_similarity(label_maps, confounder_maps)
-        loss = label_loss + self.hparams["lambda_1"] * confounder_loss + self.similarity_weight() * similarity
-
-        self.optimizer.zero_grad()
-        self.confounder_optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.confounder_optimizer.step()
-        self.update_count += 1
-        return {
-            "loss": loss.item(),
-            "label_loss": label_loss.item(),
-            "confounder_loss": confounder_loss.item(),
-            "confounder_acc": (predicted_labels(confounder_logits) == c).float().mean().item(),
-            **values,
-        }
-
     def explain(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Logits and heatmaps (B, h, w) of the label network, and of the confounder network; what is shared runs once.
-
-        Args:
-            x: (B, C, H, W).
-            y, c: (B,) int64, the targets (unless predicted ones are explained).
-        """
+        """Logits and heatmaps (B, h, w) of the label and of the confounder network, for targets y and c (B,)."""
         shared = self.hparams["shared_from"]
         with differentiable(self.hparams["map_gradient"]):
             with capture(self._map_layer(self.featurizer)) as seen, self._trunk() as trunk:
@@ -251,6 +165,98 @@ class EX2L(Algorithm):
         )
         return logits, found
 
+    def predict(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def predict_confounder(self, x: Tensor) -> Tensor:
+        """Confounder logits (B, V) of images x (B, C, H, W)."""
+        if self.hparams["shared_from"] and not self._shares_all():
+            return self.confounder_classifier(self.confounder_featurizer.full(self.featurizer, x))
+        return self.confounder_classifier(self.confounder_featurizer(x))
+
+
+class EX2L(TwoNetworks):
+    """Two classifiers, and a price on looking at the same pixels; a row names the similarity s.
+
+    ``L = CE(f(x), y) + lambda_1 CE(g(x), c) + lambda_2 mean_i s(H^Y_i, H^C_i)``
+
+    f is the label network (K logits), g the confounder network (V logits), both with a featurizer of their own.
+    H^Y_i (h, w) is Grad-CAM of logit y_i of f on image i, H^C_i that of logit c_i of g: with the maps A (C, h, w)
+    of the featurizer's ``map_layer`` and Z = h w pixels, ``H = ReLU(sum_k w_k A_k)``,
+    ``w_k = (1 / Z) sum_p d logit / d A_kp``. One forward of each network, one backward of the sum, one step of each
+    network's optimizer. Only f predicts. docs/ex2l.md has every reading of the paper that the hparams choose among.
+
+    Source: Medina, Minoza, Ibanez 2026, "eXplaining to Learn (eX2L): Regularization Using Contrastive Visual
+    Explanation Pairs for Distribution Shifts", https://arxiv.org/abs/2605.06368, equations 2 to 4.
+
+    Differs (docs/ex2l.md has the reasons at length):
+        The paper calls the heatmap detached, with which lambda_2 would have no effect at all. Here the weights w
+        are constants and the maps A are live: no second derivatives, yet a penalty that trains both networks.
+        Heatmaps are put on a common scale before they are compared, for s must not fall by scaling one of them.
+        Images with an all-zero heatmap are left out of the mean: where a network looks is not defined for them.
+        lambda_2 is .3 and drawn from 10^U(-2, 1), not 10^U(-1, 2): at 1 most of our first runs collapsed.
+        Adam in place of SGD, since the learning rates of the paper are those of DomainBed, tuned for Adam.
+
+    Hparams:
+        lambda_1: weight of the confounder network's risk.
+        lambda_2: weight of the similarity.
+        lambda_2_ramp: updates in which that weight grows from 0, linearly; 0: it is constant.
+        similarity_gradient: through whose heatmap: "both", "label" or "confounder".
+        map_normalisation: "own" (the similarity's), or one of ``similarities.NORMALISATIONS``.
+        map_gradient and the others of ``TwoNetworks``.
+    """
+
+    PARTITION = "group"
+    CONTROL = {"map_gradient": "none"}
+    SIMILARITY: ClassVar[str]
+    update_count: Tensor
+    HPARAMS = {
+        "lambda_1": (1.0, lambda r: 10 ** r.uniform(-1, 2)),
+        "lambda_2": (0.3, lambda r: 10 ** r.uniform(-2, 1)),
+        "lambda_2_ramp": (0, lambda r: 0),
+        "similarity_gradient": ("both", lambda r: "both"),
+        "map_normalisation": ("own", lambda r: "own"),
+    }
+    CHOICES = {
+        **TwoNetworks.CHOICES,
+        "similarity_gradient": ("both", "label", "confounder"),
+        "map_normalisation": ("own", *similarities.NORMALISATIONS),
+    }
+
+    def __init__(self, *task: Any, **options: Any):
+        super().__init__(*task, **options)
+        self.similarity = similarities.REGISTRY[self.SIMILARITY]
+        chosen = self.hparams["map_normalisation"]
+        self.normalisation = self.similarity.normalisation if chosen == "own" else chosen
+        if not self.hparams["map_relu"] and (not self.similarity.signed or self.normalisation == "l1"):
+            raise ValueError(
+                f"map_relu false: {type(self).__name__} compares maps without negative values; keep the ReLU"
+                + (", or set map_normalisation to max" if self.similarity.signed else "")
+            )
+        self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        x, y = concatenate(minibatches)
+        c = confounders(minibatches)
+        (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
+        label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
+        similarity, values = self.mean_similarity(label_maps, confounder_maps)
+        loss = label_loss + self.hparams["lambda_1"] * confounder_loss + self.similarity_weight() * similarity
+
+        self.optimizer.zero_grad()
+        self.confounder_optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.confounder_optimizer.step()
+        self.update_count += 1
+        return {
+            "loss": loss.item(),
+            "label_loss": label_loss.item(),
+            "confounder_loss": confounder_loss.item(),
+            "confounder_acc": (predicted_labels(confounder_logits) == c).float().mean().item(),
+            **values,
+        }
+
     def similarity_weight(self) -> float:
         """The weight of the similarity in this update."""
         ramp = self.hparams["lambda_2_ramp"]
@@ -265,19 +271,9 @@ class EX2L(Algorithm):
         elif self.hparams["similarity_gradient"] == "confounder":
             label_maps = label_maps.detach()
         alive = similarities.is_live(label_maps) & similarities.is_live(confounder_maps)  # (B,)
-        how = self.hparams["map_normalisation"]
-        scores = self.similarity(label_maps, confounder_maps, None if how == "own" else how)
+        scores = self.similarity(label_maps, confounder_maps, self.normalisation)
         mean = (scores * alive).sum() / alive.sum().clamp_min(1)
         return mean, {"similarity": mean.item(), **values}
-
-    def predict(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-    def predict_confounder(self, x: Tensor) -> Tensor:
-        """Confounder logits (B, V) of images x (B, C, H, W)."""
-        if self.hparams["shared_from"] and not self._shares_all():
-            return self.confounder_classifier(self.confounder_featurizer.full(self.featurizer, x))
-        return self.confounder_classifier(self.confounder_featurizer(x))
 
 
 @register

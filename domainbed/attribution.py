@@ -132,11 +132,11 @@ def grad_cam(maps: Tensor, gradient: Tensor) -> Tensor:
 
 @method
 def grad_cam_plus_plus(maps: Tensor, gradient: Tensor) -> Tensor:
-    """Grad-CAM++: the mean of the positive gradients g, weighted by ``a``, which counts small objects in full.
+    """Grad-CAM++: a channel's weight is a sum of its positive gradients g, which does not favour large objects.
 
     ``weight_ik = sum_p a_ikp ReLU(g_ikp)`` with ``a = g^2 / (2 g^2 + S_ik g^3)`` and ``S_ik = sum_p maps_ikp``: the
-    paper's closed form for the exponential of the score, as whose common factor in all weights of an image it is left
-    out. Arguments and result: ``Method``.
+    paper's closed form for the exponential of the score. That exponential is a common factor of all weights of an
+    image, and left out. Arguments and result: ``Method``.
 
     Source: Chattopadhay et al. 2018, Grad-CAM++, equation 19, https://arxiv.org/abs/1710.11063.
     Differs: ``a`` is 1 / (2 + S g), the same without 0 / 0. The paper's maps come out of a ReLU, so that this

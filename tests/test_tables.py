@@ -213,3 +213,8 @@ def test_escape_covers_latexs_special_characters():
 
 def test_columns_of_domainbeds_datasets_need_no_class():
     assert tables.columns("VLCS", []) == {0: "C", 1: "L", 2: "S", 3: "V"}
+
+
+def test_domainbeds_datasets_keep_all_columns_where_a_class_names_test_environments():
+    record = {"args": {"algorithm": "ERM", "dataset": "SpawriousM2M_hard", "test_envs": [0]}}
+    assert list(tables.columns("SpawriousM2M_hard", [record])) == [0, 1, 2]

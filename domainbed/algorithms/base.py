@@ -165,3 +165,18 @@ def build(algorithm_class: Any, task: Task, hparams: dict[str, Any]) -> Any:
 def concatenate(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
     """All images and all labels of a step, in the minibatches' order."""
     return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
+
+
+def confounders(minibatches: Minibatches) -> Tensor:
+    """All confounder labels c of a step, in the minibatches' order; (sum of B,) int64 in [0, V).
+
+    Raises:
+        ValueError: a minibatch carries none.
+    """
+    labels: list[Any] = [getattr(minibatch, "c", None) for minibatch in minibatches]
+    if any(c is None for c in labels):
+        raise ValueError(
+            "minibatches (x, y) came without confounder labels; draw them with the package's own loaders, "
+            "whose minibatches carry `.c`"
+        )
+    return torch.cat(labels)
