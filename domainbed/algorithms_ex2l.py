@@ -24,6 +24,7 @@ from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
 from domainbed.branches import Branch, trunk_output
 from domainbed.feature_maps import capture, has_active_dropout, has_linear_head
 from domainbed.lib.misc import predicted_labels
+from domainbed.messages import not_found
 
 
 def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
@@ -33,6 +34,9 @@ def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
             f"{type(featurizer).__name__} has no feature maps (B, C, h, w), which Grad-CAM needs; "
             "take a convolutional network, a ViT or a Swin (docs/backbones.md)"
         )
+    layer, known = hparams["map_layer"], [name for name, _ in featurizer.named_modules() if name]
+    if layer and layer not in known:
+        raise ValueError(not_found(f"map_layer of {type(featurizer).__name__}", layer, known))
     return featurizer
 
 
@@ -228,11 +232,7 @@ class EX2L(TwoNetworks):
         self.similarity = similarities.REGISTRY[self.SIMILARITY]
         chosen = self.hparams["map_normalisation"]
         self.normalisation = self.similarity.normalisation if chosen == "own" else chosen
-        if not self.hparams["map_relu"] and (not self.similarity.signed or self.normalisation == "l1"):
-            raise ValueError(
-                f"map_relu false: {type(self).__name__} compares maps without negative values; keep the ReLU"
-                + (", or set map_normalisation to max" if self.similarity.signed else "")
-            )
+        self.similarity.check(self.normalisation, self.hparams["map_relu"])
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:

@@ -14,7 +14,7 @@ Source of all: Medina, Minoza, Ibanez 2026, eX2L, https://arxiv.org/abs/2605.063
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ ROOT_EPS = 1e-12  # least argument of a square root, whose slope at 0 is infinit
 VARIANCE_EPS = 1e-6  # beside a variance of maps in [0, 1], which is about .05
 FLOOR = 1e-3  # added to each pixel of a distribution before a Kullback-Leibler divergence
 NORMALISATIONS = ("max", "max_live", "minmax", "l1", "none")
+NO_DISTRIBUTION = ("max", "max_live", "minmax", "none")
 
 
 def normalise(maps: Tensor, how: str) -> Tensor:
@@ -65,11 +66,29 @@ class Similarity:
         score: the same of two normalised maps, both (B, n).
         normalisation: what it takes the maps to unless told otherwise.
         signed: whether it means something for maps that also have negative values.
+        unfit: normalisations with which it means nothing.
     """
 
-    def __init__(self, score: Callable[[Tensor, Tensor], Tensor], normalisation: str, signed: bool):
-        self.score, self.normalisation, self.signed = score, normalisation, signed
+    __name__: str
+
+    def __init__(
+        self, score: Callable[[Tensor, Tensor], Tensor], normalisation: str, signed: bool, unfit: Sequence[str]
+    ):
+        self.score, self.normalisation, self.signed, self.unfit = score, normalisation, signed, unfit
         functools.update_wrapper(self, score)
+
+    def check(self, normalisation: str, relu: bool) -> None:
+        """Raises ValueError where it means nothing on maps so normalised, or, without a ReLU, on maps of both signs."""
+        if normalisation in self.unfit:
+            raise ValueError(
+                f"map_normalisation {normalisation}: {self.__name__} means nothing on such maps; "
+                f"take own ({self.normalisation})"
+            )
+        if not relu and (not self.signed or normalisation == "l1"):
+            other = ", or set map_normalisation to max" if self.signed else ""
+            raise ValueError(
+                f"map_relu false: {self.__name__} compares maps without negative values; keep the ReLU{other}"
+            )
 
     def __call__(self, label_maps: Tensor, confounder_maps: Tensor, normalisation: str | None = None) -> Tensor:
         """Scores (B,), float32 also under autocast, of two heatmaps (B, H, W) of any float type.
@@ -91,9 +110,11 @@ class Similarity:
 REGISTRY: Registry[Similarity] = Registry("similarity")
 
 
-def similarity(normalisation: str, signed: bool = False) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Similarity]:
+def similarity(
+    normalisation: str, signed: bool = False, unfit: Sequence[str] = ()
+) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Similarity]:
     """Registers a score of two normalised maps, both (B, n), as a ``Similarity`` of heatmaps."""
-    return lambda score: REGISTRY.register(Similarity(score, normalisation, signed))
+    return lambda score: REGISTRY.register(Similarity(score, normalisation, signed, unfit))
 
 
 @similarity(normalisation="max", signed=True)
@@ -128,7 +149,7 @@ def rmse(a: Tensor, b: Tensor) -> Tensor:
     return -(a - b).square().mean(1).clamp_min(ROOT_EPS).sqrt()
 
 
-@similarity(normalisation="max")
+@similarity(normalisation="max", unfit=("none",))
 def soft_iou(a: Tensor, b: Tensor) -> Tensor:
     """Soft intersection over union: ``sum a b / sum (a + b - a b)``; in [0, 1], 0 if disjoint.
 
@@ -145,7 +166,7 @@ def _floored(p: Tensor) -> Tensor:
     return (p + FLOOR) / (p + FLOOR).sum(1, keepdim=True)
 
 
-@similarity(normalisation="l1")
+@similarity(normalisation="l1", unfit=NO_DISTRIBUTION)
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """Negative Kullback-Leibler divergence of the label map p from the confounder map q: ``-sum q log(q / p)``.
 
@@ -159,7 +180,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return -(q * (q.log() - p.log())).sum(1)
 
 
-@similarity(normalisation="l1")
+@similarity(normalisation="l1", unfit=NO_DISTRIBUTION)
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Negative Jensen-Shannon divergence: ``-(KL(p | m) + KL(q | m)) / 2``, ``m = (p + q) / 2``, in nats.
 
@@ -171,7 +192,7 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     return -(p * ((p + EPS).log() - log_m) + q * ((q + EPS).log() - log_m)).sum(1) / 2
 
 
-@similarity(normalisation="l1")
+@similarity(normalisation="l1", unfit=NO_DISTRIBUTION)
 def js_distance(p: Tensor, q: Tensor) -> Tensor:
     """Negative Jensen-Shannon distance: ``-sqrt(JS(p, q))`` with the divergence in nats.
 
@@ -206,7 +227,7 @@ def ncc(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).mean(1) / variances.sqrt()
 
 
-@similarity(normalisation="max", signed=True)
+@similarity(normalisation="max", signed=True, unfit=("l1", "none"))
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of the whole maps: luminance times contrast times structure; in [-1, 1].
 
@@ -237,8 +258,8 @@ def soft_dice(a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_live(maps: Tensor) -> Tensor:
-    """Which heatmaps (B, H, W) are not all zero: (B,) bool."""
-    return maps.detach().abs().amax(dim=(1, 2)) > 0
+    """Which heatmaps (B, H, W) are not all zero (above EPS, below which nothing is normalised): (B,) bool."""
+    return maps.detach().abs().amax(dim=(1, 2)) > EPS
 
 
 @torch.no_grad()
@@ -266,4 +287,4 @@ def describe(label_maps: Tensor, confounder_maps: Tensor) -> dict[str, float]:
         "label_coverage": mean(a.mean(dim=(1, 2))),
         "confounder_coverage": mean(b.mean(dim=(1, 2))),
     }
-    return {name: value.item() for name, value in found.items()}
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))  # one wait for a GPU, not six
