@@ -132,6 +132,12 @@ def _added_control(place: Place, chosen: Mapping[Place, Choice], names: Mapping[
     return Draw(control_label(names[row]), choice, {**choice.record["hparams"], **_control_hparams(row)})
 
 
+def _read(draw: Draw) -> dict[str, Any]:
+    """The draw's hparams without those that the algorithm does not read, which train would warn of."""
+    unread = declared("algorithms", draw.choice.run.row.algorithm, "UNREAD_HPARAMS", ())
+    return {name: value for name, value in draw.hparams.items() if name not in unread}
+
+
 def refit_args_list(
     draws: Iterable[Draw], seeds: Sequence[int], changes: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -153,7 +159,7 @@ def refit_args_list(
         {
             **{key: value for key, value in given(draw.choice.record["args"]).items() if key not in dropped},
             "label": draw.name,
-            "hparams": json.dumps(dict(draw.hparams), sort_keys=True),
+            "hparams": json.dumps(_read(draw), sort_keys=True),
             "hparams_seed": 0,
             "seed": seed,
             **new,

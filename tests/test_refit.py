@@ -15,7 +15,7 @@ OFF = {"weight": 0.0}
 def declared(monkeypatch):
     """Penal trains by group and has a control, Plain has none; both datasets are split by ourselves."""
     facts = {
-        "Penal": {"CONTROL": OFF, "PARTITION": "group"},
+        "Penal": {"CONTROL": OFF, "PARTITION": "group", "UNREAD_HPARAMS": ("unread",)},
         "Plain": {},
         "One": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,), "CONFOUNDERS": ("x", "y")},
         "Two": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (2,), "CONFOUNDERS": ("x", "y")},
@@ -92,6 +92,11 @@ def test_the_chosen_run_again_with_explicit_hparams():
         "holdout_fraction": 0.2, "precision": "bf16", "confounders": ["sex"], "data_dir": "/d", "epochs": 5,
     }  # fmt: skip
     assert {**args_list[0], "seed": 8} == args_list[1]
+
+
+def test_hparams_that_the_algorithm_does_not_read_are_left_out():
+    (args,) = refit.refit_args_list(refit.choose_draws([record(0.5, drawn={"unread": 3})]), [1])
+    assert json.loads(args["hparams"]) == {"lr": 0.1, "weight": 1.0}
 
 
 def test_changes_replace_the_runs_arguments():
