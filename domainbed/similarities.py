@@ -149,11 +149,12 @@ def rmse(a: Tensor, b: Tensor) -> Tensor:
     return -(a - b).square().mean(1).clamp_min(ROOT_EPS).sqrt()
 
 
-@similarity(normalisation="max", unfit=("none",))
+@similarity(normalisation="max_live", unfit=("none",))
 def soft_iou(a: Tensor, b: Tensor) -> Tensor:
     """Soft intersection over union: ``sum a b / sum (a + b - a b)``; in [0, 1], 0 if disjoint.
 
-    A map scores 1 with itself only if its values are 0 and 1.
+    A map scores 1 with itself only if its values are 0 and 1. The maximum is differentiated: taken as a constant, it
+    leaves a gradient that shrinks both maps at every step, until they are dead (docs/findings.md).
 
     Source: eX2L, equation 22, after Rahman and Wang 2016, doi 10.1007/978-3-319-50835-1_22.
     """
@@ -246,11 +247,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return luminance * (2 * covariance + c2) / (torch.var(a, dim=1) + torch.var(b, dim=1) + c2)
 
 
-@similarity(normalisation="max")
+@similarity(normalisation="max_live")
 def soft_dice(a: Tensor, b: Tensor) -> Tensor:
     """Soft Dice coefficient: ``2 sum a b / (sum a + sum b)``; in [0, 1], 0 if disjoint.
 
-    The product is not squared below, so a map scores 1 with itself only if its values are 0 and 1.
+    The product is not squared below, so a map scores 1 with itself only if its values are 0 and 1. The maximum is
+    differentiated, as for ``soft_iou``.
 
     Source: eX2L, equation 34, after Milletari, Navab, Ahmadi 2016, V-Net, https://arxiv.org/abs/1606.04797.
     """

@@ -128,10 +128,29 @@ def with_gradients(score: Callable[..., Tensor], label: Tensor, confounder: Tens
     return scores, *torch.autograd.grad(scores.sum(), (a, b))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ssim"])
+def test_a_step_along_its_gradient_never_shrinks_a_map(name: str) -> None:
+    """``sum_p H_p ds/dH_p`` above 0 would make maps die, although the score is blind to their scale."""
+    label, confounder = random_maps(0), random_maps(1)
+    _, gradient, other = with_gradients(REGISTRY[name], label, confounder)
+    along = torch.stack([(label * gradient).sum((1, 2)), (confounder * other).sum((1, 2))])
+    assert (along < 1e-5).all()
+    grows = name in ("mae", "mse", "rmse")
+    assert (along < -1e-3).all() if grows else (along.abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("name", ["soft_iou", "soft_dice"])
+def test_with_a_constant_maximum_products_shrink_maps(name: str) -> None:
+    label, confounder = random_maps(0), random_maps(1)
+    _, gradient, _ = with_gradients(lambda a, b: REGISTRY[name](a, b, "max"), label, confounder)
+    assert ((label * gradient).sum((1, 2)) > 1e-3).all()
+
+
 def test_all_eleven_are_registered() -> None:
     assert tuple(REGISTRY) == NAMES
     assert {name: REGISTRY[name].normalisation for name in NAMES} == {
-        name: "l1" if name in DISTRIBUTIONS else "max" for name in NAMES
+        name: "l1" if name in DISTRIBUTIONS else "max_live" if name in ("soft_iou", "soft_dice") else "max"
+        for name in NAMES
     }
     assert tuple(name for name in NAMES if REGISTRY[name].signed) == SIGNED
 
