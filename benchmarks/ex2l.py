@@ -52,12 +52,11 @@ CASES = {
 
 
 def variants(case: Case) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name -> algorithm and hparams; shared trunks where this version of eX2L can share one."""
+    """Name -> algorithm and hparams."""
     found: dict[str, tuple[str, dict[str, Any]]] = {"ERM": ("ERM", {}), "two networks": ("EX2L_MAE", {})}
-    if "shared_from" in hparams_registry.default_hparams("EX2L_MAE", "Waterbirds"):
-        for layer in (case.layer, "classifier"):
-            found[f"shared up to {layer}"] = ("EX2L_MAE", {"shared_from": layer})
-    return found
+    return found | {
+        f"shared up to {layer}": ("EX2L_MAE", {"shared_from": layer}) for layer in (case.layer, "classifier")
+    }
 
 
 def environment(case: Case, directory: str | None) -> Any:

@@ -14,9 +14,9 @@ The modules in the order in which data flows; each imports only from those above
     datasets/                      1  images, labels y, confounders c, groups g, environments e
     splits, partitions, loaders,
     notices                        2  what is trained on; which examples share a minibatch; batches; warnings
-    backbones, networks, branches,
-    feature_maps, attribution,
-    similarities                   3  featurizers; two with a shared trunk; a layer's maps; heatmaps; how alike two are
+    backbones, networks,
+    feature_maps, branches,
+    attribution, similarities      3  featurizers; a layer's maps; two on a shared trunk; heatmaps; how alike two are
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy

@@ -22,7 +22,7 @@ from domainbed.algorithms.base import (
 )
 from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
 from domainbed.branches import Branch, trunk_output
-from domainbed.feature_maps import capture, has_active_dropout, has_linear_head
+from domainbed.feature_maps import capture, check_maps, has_active_dropout, has_linear_head
 from domainbed.lib.misc import predicted_labels
 from domainbed.messages import not_found
 
@@ -37,6 +37,8 @@ def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
     layer, known = hparams["map_layer"], [name for name, _ in featurizer.named_modules() if name]
     if layer and layer not in known:
         raise ValueError(not_found(f"map_layer of {type(featurizer).__name__}", layer, known))
+    if layer:
+        check_maps(featurizer, layer, input_shape)
     return featurizer
 
 
@@ -79,10 +81,10 @@ class TwoNetworks(Algorithm):
         "map_relu": (True, lambda r: True),
         "map_method": ("grad_cam", lambda r: "grad_cam"),
     }
-    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {
+    CHOICES: ClassVar[Mapping[str, Any]] = {
         "map_gradient": POLICIES,
         "map_target": ("true", "predicted"),
-        "map_method": tuple(METHODS),
+        "map_method": METHODS,
     }
 
     def __init__(
@@ -233,6 +235,8 @@ class EX2L(TwoNetworks):
         chosen = self.hparams["map_normalisation"]
         self.normalisation = self.similarity.normalisation if chosen == "own" else chosen
         self.similarity.check(self.normalisation, self.hparams["map_relu"])
+        if self.hparams["lambda_2_ramp"] < 0:
+            raise ValueError(f"lambda_2_ramp {self.hparams['lambda_2_ramp']}: give a number of updates, or 0 for none")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:

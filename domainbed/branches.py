@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed.backbones.base import Identity
+from domainbed.feature_maps import evaluating
 
 _PROBE = 2  # images
 _CHAINS = (nn.Sequential, nn.ModuleList)
@@ -102,7 +103,7 @@ class Branch(nn.Module):
         self.layer, self.input_shape, self.n_outputs = layer, tuple(input_shape), featurizer.n_outputs
         self._map_layer = map_layer
         self._value: Tensor | None = None
-        with _evaluating(featurizer), _explained(featurizer, layer):
+        with evaluating(featurizer), _explained(featurizer, layer):
             x = torch.randn(_PROBE, *input_shape, generator=torch.Generator().manual_seed(0))
             x = x.to(next(featurizer.parameters()))  # its device and dtype
             watch = _Watch(featurizer, layer, _map_layer(featurizer, map_layer))
@@ -119,7 +120,7 @@ class Branch(nn.Module):
             self._compare(featurizer, x)
 
     def _compare(self, featurizer: nn.Module, x: Tensor) -> None:
-        with torch.no_grad(), _evaluating(featurizer), _evaluating(self):
+        with torch.no_grad(), evaluating(featurizer), evaluating(self):
             expected, given = featurizer(x), self.full(featurizer, x)
         if not torch.allclose(given, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()), equal_nan=True):
             raise ValueError("a copy of the rest gives other features")
@@ -239,18 +240,6 @@ def _reached_from(output: Any, parameters: dict[str, Tensor]) -> set[str]:
         return set()
     gradients = torch.autograd.grad(output.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode meanwhile; afterwards every module is in the mode in which it was."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
 
 
 @contextmanager

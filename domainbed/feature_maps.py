@@ -27,7 +27,9 @@ class Captured:
 
     @property
     def maps(self) -> Tensor:
-        """Feature maps (B, C, h, w), still in the graph.
+        """Feature maps (B, C, h, w), still in the graph, as the forward pass left them.
+
+        Where a later module works in place (an AlexNet's ReLU, a DenseNet's last one), they are what it made of them.
 
         Raises:
             RuntimeError: the module has not run.
@@ -116,6 +118,18 @@ def has_linear_head(featurizer: nn.Module, classifier: nn.Module, input_shape: S
     return isinstance(classifier, nn.Linear) and averages_maps(featurizer, input_shape)
 
 
+def check_maps(featurizer: nn.Module, layer: str, input_shape: Sequence[int]) -> None:
+    """Raises ValueError if the featurizer's module of that name gives no maps of an image (see ``Captured.maps``)."""
+    weight = next(featurizer.parameters())
+    x = torch.zeros(2, *input_shape).to(weight)
+    with torch.no_grad(), evaluating(featurizer), capture(featurizer.get_submodule(layer)) as seen:
+        featurizer(x)
+    try:
+        _ = seen.maps
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{layer} of {type(featurizer).__name__}: {error}") from error
+
+
 def has_active_dropout(module: nn.Module) -> bool:
     """Whether anything in it drops units now: dropout layers, or timm's ``drop_rate``, above 0 and in training."""
     for part in module.modules():
@@ -145,7 +159,7 @@ def averages_maps(featurizer: nn.Module, input_shape: Sequence[int]) -> bool:
         return False
     weight = next(featurizer.parameters())
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(weight).requires_grad_()
-    with torch.enable_grad(), _evaluating(featurizer), capture(layer) as seen, _later(featurizer, seen) as later:
+    with torch.enable_grad(), evaluating(featurizer), capture(layer) as seen, _later(featurizer, seen) as later:
         features = featurizer(x)
     maps = seen.maps
     averages = maps.mean(dim=(2, 3))
@@ -160,7 +174,7 @@ def _close(got: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time being; after it every module has its own mode again."""
     modes = {module: module.training for module in network.modules()}
     network.eval()

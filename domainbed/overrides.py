@@ -58,6 +58,8 @@ def _draw(name: str, form: Any) -> Draw:
         raise ValueError(f"range of {name} is {json.dumps(form)}; {_FORMS}")
     low, high = _bounds(name, form, uniform["low"], uniform["high"])
     base = int(uniform["base"] or 0)
+    if base and max(abs(low), abs(high)) > 300:
+        raise ValueError(f"range of {name} is {form!r}, beyond what a number holds; give exponents from -300 to 300")
     kind: type = int if uniform["int"] else float
     return lambda r: kind(base ** r.uniform(low, high) if base else r.uniform(low, high))
 

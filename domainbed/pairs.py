@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from domainbed.model_selection import CRITERIA, Choice, choose
+from domainbed.model_selection import CRITERIA, Choice, choose, choose_oracle
 from domainbed.rows import Cell, Row, declared, runs
 
 Record = Mapping[str, Any]
 Place = tuple[Row, Cell]
 
 LAST_STEP = "last step"  # the view in which nothing is selected
+ORACLE = "oracle"  # the view that looks at the test environments
 
 
 def control_of(row: Row) -> Row | None:
@@ -23,8 +24,15 @@ def control_of(row: Row) -> Row | None:
     """
     extras = dict(row.extras)
     off = declared("algorithms", row.algorithm, "CONTROL", {})
-    control = extras | {key: json.dumps(value, sort_keys=True) for key, value in off.items()}
-    return None if control == extras else replace(row, label=None, extras=tuple(sorted(control.items())))
+    changed = {key: value for key, value in off.items() if key not in extras or json.loads(extras[key]) != value}
+    control = extras | {key: json.dumps(value, sort_keys=True) for key, value in changed.items()}
+    return replace(row, label=None, extras=tuple(sorted(control.items()))) if changed else None
+
+
+def is_same(row: Row, other: Row) -> bool:
+    """Whether two rows differ in nothing but their labels and in how they write a number (0 and 0.0)."""
+    values = [{key: json.loads(text) for key, text in each.extras} for each in (row, other)]
+    return values[0] == values[1] and replace(row, label=None, extras=()) == replace(other, label=None, extras=())
 
 
 def is_control(row: Row) -> bool:
@@ -41,7 +49,7 @@ def with_controls(met: Mapping[Cell, Collection[Row]]) -> list[tuple[Row, Row, C
     for cell, rows in met.items():
         for row in rows:
             control = control_of(row)
-            candidates = [other for other in rows if control and replace(other, label=None) == control]
+            candidates = [other for other in rows if control and is_same(other, control)]
             same_label = [other for other in candidates if other.label == row.label]
             found += [(row, other, cell) for other in same_label or candidates]
     return found
@@ -52,7 +60,7 @@ class View:
     """One way to choose the checkpoint of each trial.
 
     Attributes:
-        name: a name in CRITERIA, or LAST_STEP.
+        name: a name in CRITERIA, LAST_STEP or ORACLE.
         chosen: of a row and cell, one per trial.
         draws: the hparams seeds of each row and cell that this way can choose for.
     """
@@ -70,7 +78,7 @@ def _by_place(choices: Iterable[Choice]) -> dict[Place, list[Choice]]:
 
 
 def views(records: Iterable[Record]) -> list[View]:
-    """The checkpoint that each criterion chooses, and the last one of each run where a row has a single draw."""
+    """What each criterion chooses, the last step of each run where a row has a single draw, and the best on test."""
     by_run = runs(records)
     draws: dict[Place, set[int]] = defaultdict(set)
     for run in by_run:
@@ -83,7 +91,8 @@ def views(records: Iterable[Record]) -> list[View]:
         for run, checkpoints in by_run.items()
         if (run.row, run.cell) in fixed
     ]
-    return [*selected, View(LAST_STEP, _by_place(choose(last)), fixed)]
+    oracle = View(ORACLE, _by_place(choose_oracle(every)), draws)
+    return [*selected, View(LAST_STEP, _by_place(choose(last)), fixed), oracle]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from domainbed.jobs import EXCLUSIVE, check_exclusive, given
 from domainbed.model_selection import Choice, choose
-from domainbed.pairs import control_of, is_control
+from domainbed.pairs import control_of, is_control, is_same
 from domainbed.rows import ALWAYS_NAMED, Cell, Row, declared, meeting, row_names, runs
 from domainbed.sweep_rows import SweepRow, control_label, no_controls
 
@@ -116,15 +116,15 @@ def _method(control: Row, cell: Cell, chosen: Mapping[Place, Choice]) -> Row:
         own_name = control_label(row.label or _bare(row).describe(()))
         return control.label != own_name, len(row.extras), row.name
 
-    methods = [row for row, there in chosen if there == cell and control_of(row) == replace(control, label=None)]
+    methods = [row for row, there in chosen if there == cell and (off := control_of(row)) and is_same(off, control)]
     return min(methods, key=distance, default=control)
 
 
 def _lacks_control(place: Place, chosen: Collection[Place]) -> bool:
     row, cell = place
     control = control_of(row)
-    present = {replace(other, label=None) for other, there in chosen if there == cell}
-    return bool(_control_hparams(row)) and control is not None and control not in present
+    present = [other for other, there in chosen if there == cell]
+    return control is not None and not any(is_same(other, control) for other in present)
 
 
 def _added_control(place: Place, chosen: Mapping[Place, Choice], names: Mapping[Row, str]) -> Draw:

@@ -20,7 +20,7 @@ LAYERS = [
     ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
     ["downloading", "unpacking"], ["releases"],
     ["datasets"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"],
-    ["branches"], ["feature_maps"], ["attribution"], ["similarities"],
+    ["feature_maps"], ["branches"], ["attribution"], ["similarities"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"], ["evaluation"], ["records"], ["cards"], ["lib.reporting"],
     ["run_directory"], ["training"], ["rows"], ["model_selection"], ["pairs"], ["tables"], ["group_tables"],
     ["control_tables", "screening_tables"], ["sweep_rows"], ["jobs"], ["refit"], ["command_launchers"],

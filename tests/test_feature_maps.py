@@ -264,3 +264,10 @@ def test_read_off_errors() -> None:
         read_off_gradient(nn.Linear(5, 2), target, torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match=r"read off Sequential"):
         read_off_gradient(nn.Sequential(nn.Linear(4, 2)), target, torch.zeros(1, 4, 2, 2))  # type: ignore[arg-type]
+
+
+def test_maps_are_as_later_modules_leave_them_in_place() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True))
+    with capture(network[0]) as seen:
+        output = network(torch.randn(1, 1, 5, 5))
+    torch.testing.assert_close(seen.maps, output)

@@ -68,6 +68,7 @@ def test_no_ranges():
         ('{"lr": [[1]]}', r"range of lr is \[\[1\]\]; take"),
         ('{"lr": "U(a, 1)"}', "range of lr is 'U.a, 1.', whose bounds are no numbers"),
         ('{"lr": "U(0, inf)"}', "give finite bounds"),
+        ('{"lr": "10^U(300, 400)"}', "beyond what a number holds"),
         ('{"lr": "10^U(2, -1)"}', r"lower bound above the upper; write U\(-1, 2\)"),
     ],
 )

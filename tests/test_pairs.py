@@ -42,6 +42,12 @@ class TestWithControls:
     def found(self, *rows):
         return [(a.name, b.name) for a, b, _ in pairs.with_controls({("DigitsM2M", (1,)): rows})]
 
+    def test_a_number_is_the_same_however_it_is_written(self):
+        off = Row.of({"algorithm": "GroupDRO", "partition": "group", "hparams": '{"groupdro_eta": 0}'})
+        method = Row.of({"algorithm": "GroupDRO", "partition": "group"})
+        assert pairs.is_control(off)
+        assert [b for _, b, _ in pairs.with_controls({("DigitsM2M", (1,)): (method, off)})] == [off]
+
     def test_labels_may_differ(self):
         assert self.found(row(), row(hparams=OFF, label="off")) == [("EX2L_MAE", "off")]
         assert self.found(row(label="on"), row(hparams=OFF)) == [("on", "EX2L_MAE map_gradient=none")]
@@ -97,11 +103,20 @@ class TestPair:
             for draw, val in enumerate(vals)
         ]
         assert paired(records) == ([(0.45, 0.45)], 0)
-        (found, _, last) = pairs.views(records)
+        (found, _, last, oracle) = pairs.views(records)
         (cell,) = meeting(runs(records))
         pairing = pairs.pair(found, row(), row(hparams=OFF), cell)
         assert [pairing.differing(name) for name in ("hparams_seed", "seed", "trial_seed", "step")] == [1, 1, 0, 0]
         assert pairs.pair(last, row(), row(hparams=OFF), cell) is None  # nothing was fixed in advance
+        assert oracle.name == pairs.ORACLE
+
+    def test_the_oracle_goes_by_the_test_environments_alone(self):
+        records = [
+            record(step=step, val=val, test=test, hparams=hparams)
+            for hparams in ("", OFF)
+            for step, val, test in ((10, 0.9, 0.2), (20, 0.1, 0.4), (30, 0.5, 0.3))
+        ]
+        assert paired(records, pairs.ORACLE) == ([(0.4, 0.4)], 0)
 
     def test_one_draw_of_another_number_is_no_partner(self):
         records = [record(hparams_seed=1), record(hparams_seed=2, hparams=OFF)]

@@ -152,3 +152,7 @@ def test_readings_that_mean_nothing_are_refused() -> None:
             ValueError, match=rf"map_normalisation {normalisation}: {REGISTRY[row].SIMILARITY} .*take own"
         ):
             REGISTRY[row].from_task(Task(SHAPE, K, num_domains=2, num_confounders=V), settings)
+    with pytest.raises(ValueError, match=r"activation of SmallCNN: .*a heatmap needs a layer"):
+        build(map_layer="activation")
+    with pytest.raises(ValueError, match="lambda_2_ramp -5: give a number of updates"):
+        build(lambda_2_ramp=-5)

@@ -42,6 +42,7 @@ REQUIRED = {
     "delete_incomplete": ("output_dir",),
     "refit": ("input_dir", "output_dir", "seeds", "command_launcher"),
 }
+OF_A_REFIT = ("input_dir", "seeds")
 OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
 SHOWN_FAILURES = 5
 
@@ -154,6 +155,10 @@ def _check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
     for flag in REQUIRED[args.command]:
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag} is required, on the command line or in the sweep file")
+    if args.command != "refit":
+        for flag in OF_A_REFIT:
+            if getattr(typed, flag) is not None:
+                raise ValueError(f"--{flag} is for refit; {args.command} does not read it")
     if args.command == "refit":
         for flag in OF_THE_SEARCH:
             if getattr(typed, flag) is not None:
@@ -196,7 +201,10 @@ def refit_jobs(args: argparse.Namespace) -> list[Job]:
     """
     if os.path.realpath(args.input_dir) == os.path.realpath(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir} holds the search; name another one for its chosen draws")
-    draws = refit.choose_draws(searched_records(args), args.criterion, args.controls)
+    records = searched_records(args)
+    if len({record["args"]["trial_seed"] for record in records}) > 1:
+        logger.warning("the search has several trial seeds: rows may be refit on different splits; see --n_trials 1")
+    draws = refit.choose_draws(records, args.criterion, args.controls)
     changes = {key: getattr(args, key) for key in ("steps", "data_dir", *EXTRAS) if key not in OF_THE_SEARCH}
     jobs = make_jobs(refit.refit_args_list(draws, args.seeds, changes), args.output_dir)
     for draw in draws:

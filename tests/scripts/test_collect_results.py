@@ -82,7 +82,7 @@ class TestMain:
         names = ("results.txt", "groups.txt", "controls.txt")
         assert capsys.readouterr().out == "".join((directory / name).read_text(encoding="utf-8") for name in names)
         controls = (directory / "controls.txt").read_text(encoding="utf-8")
-        assert controls.count("EX2L_MAE  EX2L_MAE map_gradient=none  1  75.0") == 3
+        assert controls.count("EX2L_MAE  EX2L_MAE map_gradient=none  1  75.0") == 4
 
     def test_compare_and_screening_come_last(self, sweep, capsys):
         train = {key.replace("out", "in"): value for key, value in GROUPS.items() if "out" in key}

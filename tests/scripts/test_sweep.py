@@ -626,6 +626,12 @@ def test_what_refit_refuses(run, refit, searched, tmp_path, words, message):
     assert not run.out.exists()
 
 
+@pytest.mark.parametrize("words", [["--seeds", "42", "8"], ["--input_dir", "D"]])
+def test_launch_refuses_what_only_refit_reads(words):
+    with pytest.raises(BadInput, match=f"{words[0]} is for refit; launch does not read it"):
+        sweep.main(["launch", "--output_dir", "o", "--command_launcher", "dummy", *words])
+
+
 def test_refit_needs_groups(refit, searched):
     path = Path(searched, "1", "results.jsonl")
     Path(searched, "2", "results.jsonl").unlink()
