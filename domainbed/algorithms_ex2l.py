@@ -235,8 +235,9 @@ class EX2L(TwoNetworks):
         chosen = self.hparams["map_normalisation"]
         self.normalisation = self.similarity.normalisation if chosen == "own" else chosen
         self.similarity.check(self.normalisation, self.hparams["map_relu"])
-        if self.hparams["lambda_2_ramp"] < 0:
-            raise ValueError(f"lambda_2_ramp {self.hparams['lambda_2_ramp']}: give a number of updates, or 0 for none")
+        for name in ("lambda_1", "lambda_2", "lambda_2_ramp"):
+            if self.hparams[name] < 0:
+                raise ValueError(f"{name} {self.hparams[name]}: must not be negative")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:

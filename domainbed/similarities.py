@@ -8,6 +8,8 @@ constant, all zero, tiny or huge. Adding one is a function of two normalised map
         '''Negative mean squared error: formula, range, source.'''
         return -(a - b).square().mean(1)
 
+and a row that trains with it names it (``SIMILARITY = "mse"``) in a class beside those of ``algorithms_ex2l``.
+
 Letters: a, b the normalised maps of label and confounder, n = H * W their pixels, p and q the same as distributions.
 Ranges are those with the normalisation that a similarity is registered with.
 Source of all: Medina, Minoza, Ibanez 2026, eX2L, https://arxiv.org/abs/2605.06368, appendix B.5.

@@ -154,5 +154,5 @@ def test_readings_that_mean_nothing_are_refused() -> None:
             REGISTRY[row].from_task(Task(SHAPE, K, num_domains=2, num_confounders=V), settings)
     with pytest.raises(ValueError, match=r"activation of SmallCNN: .*a heatmap needs a layer"):
         build(map_layer="activation")
-    with pytest.raises(ValueError, match="lambda_2_ramp -5: give a number of updates"):
+    with pytest.raises(ValueError, match="lambda_2_ramp -5: must not be negative"):
         build(lambda_2_ramp=-5)
