@@ -24,7 +24,6 @@ from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
 from domainbed.branches import Branch, trunk_output
 from domainbed.feature_maps import capture, check_maps, has_active_dropout, has_linear_head
 from domainbed.lib.misc import predicted_labels
-from domainbed.messages import not_found
 
 
 def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
@@ -34,11 +33,8 @@ def _featurizer(input_shape: Sequence[int], hparams: dict[str, Any]) -> Any:
             f"{type(featurizer).__name__} has no feature maps (B, C, h, w), which Grad-CAM needs; "
             "take a convolutional network, a ViT or a Swin (docs/backbones.md)"
         )
-    layer, known = hparams["map_layer"], [name for name, _ in featurizer.named_modules() if name]
-    if layer and layer not in known:
-        raise ValueError(not_found(f"map_layer of {type(featurizer).__name__}", layer, known))
-    if layer:
-        check_maps(featurizer, layer, input_shape)
+    if hparams["map_layer"]:
+        check_maps(featurizer, hparams["map_layer"], input_shape)
     return featurizer
 
 
@@ -142,14 +138,13 @@ class TwoNetworks(Algorithm):
 
     def explain(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Logits and heatmaps (B, h, w) of the label and of the confounder network, for targets y and c (B,)."""
-        shared = self.hparams["shared_from"]
         with differentiable(self.hparams["map_gradient"]):
             with capture(self._map_layer(self.featurizer)) as seen, self._trunk() as trunk:
                 features = self.featurizer(x)
             label = self._explained(self.classifier, features, seen.maps, y)
             if not self._shares_all():
                 with capture(self._map_layer(self.confounder_featurizer)) as seen:
-                    features = self.confounder_featurizer(trunk.value if shared else x)
+                    features = self.confounder_featurizer(trunk.value if trunk else x)
             return label, self._explained(self.confounder_classifier, features, seen.maps, c)
 
     def _map_layer(self, featurizer: Any) -> Any:
@@ -157,8 +152,8 @@ class TwoNetworks(Algorithm):
         return featurizer.get_submodule(name) if name and not isinstance(featurizer, Branch) else featurizer.map_layer
 
     def _trunk(self) -> AbstractContextManager[Any]:
-        shared = self.hparams["shared_from"]
-        return trunk_output(self.featurizer, shared) if shared and not self._shares_all() else nullcontext()
+        other = self.confounder_featurizer
+        return trunk_output(self.featurizer, other.layer) if isinstance(other, Branch) else nullcontext()
 
     def _explained(
         self, classifier: nn.Module, features: Tensor, maps: Tensor, target: Tensor
@@ -176,9 +171,9 @@ class TwoNetworks(Algorithm):
 
     def predict_confounder(self, x: Tensor) -> Tensor:
         """Confounder logits (B, V) of images x (B, C, H, W)."""
-        if self.hparams["shared_from"] and not self._shares_all():
-            return self.confounder_classifier(self.confounder_featurizer.full(self.featurizer, x))
-        return self.confounder_classifier(self.confounder_featurizer(x))
+        featurizer = self.confounder_featurizer
+        features = featurizer.full(self.featurizer, x) if isinstance(featurizer, Branch) else featurizer(x)
+        return self.confounder_classifier(features)
 
 
 class EX2L(TwoNetworks):

@@ -169,22 +169,7 @@ def layer_cam(maps: Tensor, gradient: Tensor) -> Tensor:
     return gradient.relu()
 
 
-class EvaluationMethod(Protocol):
-    """A method that can't be trained; ``score_cam`` says what it takes."""
-
-    def __call__(
-        self,
-        predict: Callable[[Tensor], Tensor],
-        x: Tensor,
-        maps: Tensor,
-        target: Tensor,
-        *,
-        batch_size: int = 64,
-        relu: bool = True,
-    ) -> Tensor: ...
-
-
-EVALUATION_METHODS: Registry[EvaluationMethod] = Registry("attribution method")
+EVALUATION_METHODS: Registry[Callable[..., Tensor]] = Registry("attribution method")  # arguments as of ``score_cam``
 
 
 @EVALUATION_METHODS.register

@@ -172,9 +172,8 @@ class _Watch:
         self.featurizer, self.layer, self.map_layer = featurizer, featurizer.get_submodule(layer), map_layer
         self.before: dict[nn.Module, Sequence[int] | None] = {}  # what is done when the layer starts -> shape it gave
         self.runs, self.maps = 0, None
-        self.own: set[str] = (
-            set()
-        )  # names of the parameters that the features depend on, if the trunk's output is given
+        # Names of the parameters that the features depend on, if the trunk's output is given.
+        self.own: set[str] = set()
         self.map_is_own = True
 
     def _starts(self, module: nn.Module, inputs: Any) -> Any:

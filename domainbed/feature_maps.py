@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from domainbed.messages import not_found
+
 _TOLERANCE = 1e-5  # a fraction of the largest value
 
 
@@ -119,7 +121,10 @@ def has_linear_head(featurizer: nn.Module, classifier: nn.Module, input_shape: S
 
 
 def check_maps(featurizer: nn.Module, layer: str, input_shape: Sequence[int]) -> None:
-    """Raises ValueError if the featurizer's module of that name gives no maps of an image (see ``Captured.maps``)."""
+    """Raises ValueError if the featurizer has no module of that name, or it gives no maps (see ``Captured.maps``)."""
+    known = [name for name, _ in featurizer.named_modules() if name]
+    if layer not in known:
+        raise ValueError(not_found(f"map_layer of {type(featurizer).__name__}", layer, known))
     weight = next(featurizer.parameters())
     x = torch.zeros(2, *input_shape).to(weight)
     with torch.no_grad(), evaluating(featurizer), capture(featurizer.get_submodule(layer)) as seen:

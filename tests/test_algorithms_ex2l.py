@@ -163,13 +163,16 @@ def minmax(heatmap: Array) -> Array:
     return (heatmap - heatmap.min()) / np.ptp(heatmap)
 
 
+def signed_mae(a: np.ndarray, b: np.ndarray) -> float:
+    return raw_mae(a / np.abs(a).max(), b / np.abs(b).max())
+
+
 # With the score of two maps that each leads to.
-SIGNED_MAE = lambda a, b: raw_mae(a / np.abs(a).max(), b / np.abs(b).max())  # noqa: E731
 SLOW_READINGS: list[tuple[dict[str, Any], Callable[[Array, Array], float]]] = [
     ({"map_target": "predicted"}, REFERENCES["mae"]),
     ({"map_layer": "features.8"}, REFERENCES["mae"]),  # the third ReLU of five
-    ({"map_layer": "features.8", "map_target": "predicted", "map_relu": False}, SIGNED_MAE),
-    ({"map_relu": False}, SIGNED_MAE),
+    ({"map_layer": "features.8", "map_target": "predicted", "map_relu": False}, signed_mae),
+    ({"map_relu": False}, signed_mae),
     ({"map_normalisation": "max_live"}, REFERENCES["mae"]),
     ({"map_normalisation": "l1"}, as_distributions(raw_mae)),
     ({"map_normalisation": "none"}, raw_mae),
