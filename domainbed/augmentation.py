@@ -100,14 +100,20 @@ def apply_pil(image: Image.Image, change: Augmentation, size: int) -> Image.Imag
     """
     from torchvision.transforms import functional as transforms
 
-    width, height = image.size
-    box = (change.top * height, change.left * width, change.height * height, change.width * width)
-    image = transforms.resized_crop(image, *map(round, box), [size, size])
-    if change.flip:
-        image = transforms.hflip(image)
+    image = cut_pil(image, change, size)
     for colour in ORDERS[change.order]:
         image = getattr(transforms, f"adjust_{colour}")(image, getattr(change, colour))
     return transforms.rgb_to_grayscale(image, num_output_channels=3) if change.grey else image
+
+
+def cut_pil(image: Image.Image, change: Augmentation, size: int) -> Image.Image:
+    """The change's box, resized to size x size and mirrored, but in its old colours: what masks share with images."""
+    from torchvision.transforms import functional as transforms
+
+    width, height = image.size
+    box = (change.top * height, change.left * width, change.height * height, change.width * width)
+    image = transforms.resized_crop(image, *map(round, box), [size, size])
+    return transforms.hflip(image) if change.flip else image
 
 
 @functools.cache

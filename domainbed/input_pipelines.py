@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from domainbed import augmentation
@@ -55,6 +56,25 @@ class Pipeline:
     def finish(self, batch: Any) -> Tensor:
         """The network's input (B, 3, S, S) float32 of a collated batch, on the batch's device."""
         return normalise(batch)
+
+    def read_mask(self, masks: Images, position: int, rng: np.random.Generator | None) -> Tensor:
+        """The mask (S, S) uint8 of what ``read`` gives for the position and a generator in the same state.
+
+        Args:
+            masks: a pool aligned with the images.
+        """
+        mask, size, whole = masks.open(position).convert("L"), self.images.size, self.images.crop == "original"
+        if rng is None or not whole:
+            mask = squash(mask, size)
+        if rng is not None:
+            height, width = self.original_size(position) if whole else (size, size)
+            mask = augmentation.cut_pil(mask, self.draw(rng, height, width), size)
+        return torch.from_numpy(np.array(mask))
+
+    def original_size(self, position: int) -> tuple[int, int]:
+        """Height and width of the file's image."""
+        with Image.open(self.images.root / self.images.paths[position]) as image:  # reads no pixels
+            return image.height, image.width
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Augmentation:
         """The augmentation of an image whose file has height x width pixels."""

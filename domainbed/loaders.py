@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from domainbed import machine
-from domainbed.datasets.base import InMemoryEnvironment, Integers, leaves, locate
+from domainbed.datasets.base import (
+    InMemoryEnvironment,
+    Integers,
+    has_masks,
+    leaves,
+    locate,
+    masks,
+    read_mask,
+    refuse_transforms,
+)
 from domainbed.lib.misc import balanced_weights
 from domainbed.partitions import Examples, Part, rows_per_part
 from domainbed.splits import Split
@@ -28,12 +37,15 @@ class Minibatch(tuple[Tensor, Tensor]):
     Attributes:
         c, g, e, i: (B,) int64: confounder, group, environment, and the example's position in its environment;
             confounder and group are -1 where the annotation budget hides them.
+        m: (B, H, W) float32 in [0, 1], augmented as x is: 1 on what should matter; only where the loader was told
+            to read masks.
     """
 
     c: Tensor
     g: Tensor
     e: Tensor
     i: Tensor
+    m: Tensor
 
     def __new__(cls, x: Tensor, y: Tensor, **arrays: Tensor) -> "Minibatch":
         self = super().__new__(cls, (x, y))
@@ -89,34 +101,45 @@ def _alike(late: set[bool]) -> set[bool]:
     return late
 
 
-class _Items(Dataset[tuple[Any, Any, int]]):
-    """Image, label and position of the environments' examples one after the other, opened when asked for.
+class _Items(Dataset[tuple[Any, ...]]):
+    """Image, label, position, and mask if wanted, of the environments' examples one after the other, opened when asked.
 
     Args:
         environments: all of them, or a composition of them.
         keys: (N,) for each environment, the examples' positions in it.
         seed: of the augmentation.
+        with_masks: read the masks as well.
     """
 
-    def __init__(self, environments: Sequence[Any], keys: Sequence[Integers], seed: int = 0):
-        self.environments, self.seed = environments, seed
+    def __init__(self, environments: Sequence[Any], keys: Sequence[Integers], seed: int = 0, with_masks: bool = False):
+        self.environments, self.seed, self.with_masks = environments, seed, with_masks
         self.where = [(e, int(key)) for e, some in enumerate(keys) for key in some]
         (self.late,) = _alike({reads_late(environment) for environment in environments})
 
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitem__(self, index: tuple[int, int, int] | int) -> tuple[Any, Any, int]:
+    def __getitem__(self, index: tuple[int, int, int] | int) -> tuple[Any, ...]:
         """The example at a position; of ``(position, step, row)``, augmented by the draws of that row of that step."""
         position, *draw = [index] if isinstance(index, int) else index
         e, key = self.where[position]
-        if not self.late:
-            x, y = self.environments[e][key][:2]
+        x, y = self._read(self.environments[e], key, draw)
+        if not self.with_masks:
             return x, y, position
-        environment, key = locate(self.environments[e], key)
-        return environment.read(key, self._rng(*draw) if draw else None), int(environment.y[key]), position
+        return x, y, position, read_mask(self.environments[e], key, self._rng(draw))
 
-    def _rng(self, step: int, row: int) -> np.random.Generator:
+    def _read(self, environment: Any, key: int, draw: Sequence[int]) -> tuple[Any, Any]:
+        if not self.late:
+            x, y = environment[key][:2]
+            return x, y
+        environment, key = locate(environment, key)
+        return environment.read(key, self._rng(draw)), int(environment.y[key])
+
+    def _rng(self, draw: Sequence[int]) -> np.random.Generator | None:
+        """The generator of a ``(step, row)``, always in its first state: image and mask get equal draws."""
+        if not draw:
+            return None
+        step, row = draw
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 1, row, step]))
 
     def finish(self, x: Any, device: torch.device | str) -> Tensor:
@@ -158,9 +181,11 @@ class TrainingLoader:
         num_workers: the most processes that open images (none for data in memory).
         device: where the minibatches shall be.
         num_environments: the number of training environments; default: that of the splits.
+        with_masks: minibatches carry the images' masks.
 
     Raises:
-        ValueError: the partition does not suit the dataset or the batch size.
+        ValueError: the partition does not suit the dataset or the batch size; masks are asked for and not known.
+        NotImplementedError: masks are asked for, and the images pass through a transform.
     """
 
     def __init__(
@@ -174,8 +199,12 @@ class TrainingLoader:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         num_environments: int | None = None,
+        with_masks: bool = False,
     ):
+        if with_masks:
+            _check_masks(splits)
         self.splits, self.seed, self.num_workers, self.device = splits, seed, num_workers, device
+        self.with_masks = with_masks
         self.examples = examples_of(splits, num_confounders)
         self.keys = np.concatenate([split.keys for split in splits])
         self.parts = partition(self.examples)
@@ -198,30 +227,40 @@ class TrainingLoader:
         if all(indexes_tensors(split.environment) for split in self.splits):
             for step in itertools.count():
                 yield self._minibatches(*self._gather(self.draw(step)))
-        items = _Items([split.environment for split in self.splits], [split.keys for split in self.splits], self.seed)
-        for x, y, positions in _opened(items, self.num_workers, self.device, batch_sampler=_Steps(self.draw)):
-            yield self._minibatches(items.finish(x, self.device), y, positions)
+        environments, keys = [split.environment for split in self.splits], [split.keys for split in self.splits]
+        items = _Items(environments, keys, self.seed, self.with_masks)
+        for x, y, positions, *m in _opened(items, self.num_workers, self.device, batch_sampler=_Steps(self.draw)):
+            yield self._minibatches(items.finish(x, self.device), y, positions, *m)
 
-    def _gather(self, positions: Integers) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and labels at positions, straight from the environments' tensors; and the positions."""
+    def _gather(self, positions: Integers) -> tuple[Tensor, ...]:
+        """Images and labels at positions, straight from the environments' tensors; the positions; masks if wanted."""
         e, keys = self.examples.e[positions], self.keys[positions]
         order, pieces = [], []
         for split in self.splits:
             chosen = np.flatnonzero(e == split.env)
             if len(chosen):
                 order.append(chosen)
-                pieces.append(split.environment[torch.from_numpy(keys[chosen])])
+                more: Any = [masks(split.environment, keys[chosen])] if self.with_masks else []
+                pieces.append((*split.environment[torch.from_numpy(keys[chosen])], *more))
         back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
-        x, y = (torch.cat(column)[back] for column in zip(*pieces, strict=True))
-        return x, y, torch.from_numpy(positions)
+        x, y, *m = (torch.cat(column)[back] for column in zip(*pieces, strict=True))
+        return x, y, torch.from_numpy(positions), *m
 
-    def _minibatches(self, x: Tensor, y: Tensor, positions: Tensor) -> list[Minibatch]:
+    def _minibatches(self, x: Tensor, y: Tensor, positions: Tensor, m: Tensor | None = None) -> list[Minibatch]:
         c, e, i = (torch.from_numpy(a)[positions] for a in (self.examples.c, self.examples.e, self.keys))
         g = torch.where(c < 0, -1, y * self.examples.num_confounders + c)
-        parts = {name: column.split(self.rows) for name, column in {"c": c, "g": g, "e": e, "i": i}.items()}
+        columns = {"c": c, "g": g, "e": e, "i": i} | ({} if m is None else {"m": m})
+        parts = {name: column.split(self.rows) for name, column in columns.items()}
         pairs = zip(x.split(self.rows), y.split(self.rows), strict=True)
         minibatches = (Minibatch(*xy, **{name: part[p] for name, part in parts.items()}) for p, xy in enumerate(pairs))
         return [minibatch.to(self.device) for minibatch in minibatches]
+
+
+def _check_masks(splits: Sequence[Split]) -> None:
+    if unknown := [split.env for split in splits if not has_masks(split.environment)]:
+        raise ValueError(f"no masks are known of the environments {unknown}; give --mask_dir, the folder of your own")
+    for split in splits:
+        refuse_transforms(split.environment)
 
 
 def _opened(items: _Items, num_workers: int, device: torch.device | str, **order: Any) -> DataLoader[Any]:

@@ -2,14 +2,17 @@ import copy
 import dataclasses
 import pickle
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from domainbed import partitions
-from domainbed.datasets.base import InMemoryEnvironment
+from domainbed import augmentation, input_pipelines, partitions
+from domainbed.datasets.base import ImageEnvironment, InMemoryEnvironment
+from domainbed.images import Images
 from domainbed.lib.misc import split_dataset
 from domainbed.loaders import Minibatch, TrainingLoader, evaluation_batches, group_counts
 from domainbed.splits import Split
@@ -281,3 +284,127 @@ def test_labels_that_every_image_must_be_opened_for_are_asked_for_once() -> None
     loader_ = TrainingLoader(untold, partitions.REGISTRY["group"], 12, num_confounders=3)
     assert counts == loader_.group_counts(2) == group_counts(splits(), 2, 3)
     assert len(opened) == 2 * 40
+
+
+def with_mask(environment: InMemoryEnvironment) -> InMemoryEnvironment:
+    """Example i has the mask i in all pixels."""
+    environment.masks = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 2, 2))
+    return environment
+
+
+class Masked(Late):
+    """As Late, with masks to which the drawn number is added too."""
+
+    masks = ()
+
+    def read_mask(self, key: int, rng: np.random.Generator | None = None) -> torch.Tensor:
+        return torch.full((2, 2), key / 255) + (0.0 if rng is None else float(rng.random()))
+
+
+@pytest.mark.parametrize("partition", list(partitions.REGISTRY))
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        with_mask,
+        lambda e: Subset(with_mask(e), range(40)),
+        lambda e: with_mask(Opened(e)),
+        lambda e: ConcatDataset([Subset(Masked(e), range(15)), Subset(Masked(e), range(15, 40))]),
+    ],
+)
+def test_every_row_carries_its_own_mask(partition: str, wrap) -> None:
+    masked, plain = (next(iter(loader(partition, wrap, with_masks=m))) for m in (True, False))
+    for minibatch, unmasked in zip(masked, plain, strict=True):
+        assert minibatch.m.shape == (len(minibatch[0]), 2, 2)
+        assert minibatch.m.dtype == torch.float32
+        drawn = 2 * minibatch[0][:, 0, 0, 0] % 1 if isinstance(wrap(environment(40, 0)), ConcatDataset) else 0
+        torch.testing.assert_close(minibatch.m[:, 1, 1], minibatch.i / 255 + drawn, atol=1e-4, rtol=0)
+        assert torch.equal(minibatch[0], unmasked[0])
+        assert not hasattr(unmasked, "m")
+        assert torch.equal(pickle.loads(pickle.dumps(minibatch)).m, minibatch.m)
+
+
+def test_masks_that_are_not_known_are_asked_for_in_vain() -> None:
+    with pytest.raises(ValueError, match=r"no masks are known of the environments \[0, 3\]; give --mask_dir"):
+        loader(with_masks=True)
+
+
+def test_masks_do_not_follow_a_transform() -> None:
+    class Transformed(Opened):
+        transform, masks = torch.tensor, np.zeros((40, 2, 2), bool)
+
+    with pytest.raises(NotImplementedError, match="Transformed pass through a transform"):
+        loader(wrap=Transformed, with_masks=True)
+
+
+SIZE = 32
+
+
+@pytest.fixture
+def pools(tmp_path: Path) -> tuple[Images, Images]:
+    """Six smooth images of 40 x 50 pixels that are their own masks."""
+    rows, columns = np.linspace(0, 1, 40)[:, None], np.linspace(0, 1, 50)
+    for i in range(6):
+        pixels = np.round(255 * (0.5 + 0.5 * np.sin(2 + i * rows) * np.cos(5 * columns - i))).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.repeat(pixels[..., None], 3, axis=2)).save(tmp_path / f"{i}.bmp")
+    names = [tuple(f"{i}.{ending}" for i in range(6)) for ending in ("bmp", "png")]
+    return Images(tmp_path, names[0], SIZE), Images(tmp_path, names[1], SIZE)
+
+
+def photographs(pools: tuple[Images, Images], pipeline: str, crop: str = "original", **options) -> TrainingLoader:
+    images = dataclasses.replace(pools[0], crop=crop)
+    read = input_pipelines.REGISTRY[pipeline](images)
+    read.prepare()
+    splits = []
+    for e in range(2):
+        environment = ImageEnvironment(
+            images, range(3 * e, 3 * e + 3), [0, 1, 1], [0, 0, 1], augment=True, masks=pools[1]
+        )
+        environment.pipeline = read
+        splits.append(Split(e, "in", environment, np.array([2, 0, 1]), e))
+    return TrainingLoader(splits, partitions.REGISTRY["group"], 6, num_confounders=2, seed=3, **options)
+
+
+def levels(minibatch: Minibatch) -> torch.Tensor:
+    """The red levels (B, H, W) of normalised images."""
+    return (minibatch[0][:, 0] * 0.229 + 0.485) * 255
+
+
+# How far a mask, always cut from the file, may be from an image that is squashed first: 90 % of the levels, and all.
+APART = {"pil": (0, 0), "cv2": (2, 12), "device": (2, 12)}
+
+
+@pytest.mark.parametrize("crop", ["original", "resized", "none"])
+@pytest.mark.parametrize("pipeline", ["pil", "cv2", "device"])
+def test_a_mask_is_augmented_as_an_image_that_is_the_mask(
+    pools: tuple[Images, Images], pipeline: str, crop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = augmentation.draw
+    neutral = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "grey": False}
+    monkeypatch.setattr(augmentation, "draw", lambda *args, **options: draw(*args, **options)._replace(**neutral))
+    distinct = set()
+    for step in islice(photographs(pools, pipeline, crop, with_masks=True), 4):
+        assert [minibatch.g.unique().tolist() for minibatch in step] == [[0], [2], [3]]
+        for minibatch in step:
+            apart = (minibatch.m * 255 - levels(minibatch)).abs()
+            assert minibatch.m.shape == (4, SIZE, SIZE)
+            assert apart.quantile(0.9) <= APART[pipeline][0] + 0.01
+            assert apart.max() <= APART[pipeline][1] + 0.01
+            distinct |= {mask.numpy().tobytes() for mask in minibatch.m}
+    assert len(distinct) > (10 if crop == "none" else 40)  # of 6 images, mirrored or not; of 48 draws
+
+
+@pytest.mark.parametrize("pipeline", ["pil", "cv2", "device"])
+def test_masks_change_no_draw_and_no_worker_changes_masks(pools: tuple[Images, Images], pipeline: str) -> None:
+    loaders = (photographs(pools, pipeline, with_masks=m, num_workers=n) for m, n in ((True, 0), (False, 0), (True, 2)))
+    masked, plain, workers = ([minibatch for step in islice(found, 2) for minibatch in step] for found in loaders)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a.i, b.i) for a, b in zip(masked, plain, strict=True))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a.m, b.m) for a, b in zip(masked, workers, strict=True))
+
+
+def test_masks_of_images_that_are_not_augmented_are_squashed(pools: tuple[Images, Images]) -> None:
+    loader_ = photographs(pools, "pil", with_masks=True)
+    for split in loader_.splits:
+        split.environment.augment = False
+    for minibatch in next(iter(loader_)):
+        torch.testing.assert_close(minibatch.m * 255, levels(minibatch), atol=0.01, rtol=0)

@@ -68,6 +68,7 @@ class MultipleDomainDataset:
         PUBLISHED_COUNTS: what the release is known to hold: by environment (or another part that the class's
             docstring names) the number of images, or of each group g = y * V + c.
         OPTIONS: names of flags of train that the constructor takes as further keyword arguments.
+        HAS_MASKS: True for a dataset that comes with masks; a literal, for sweeps.
         HPARAMS_SIZE: "small" or "large": which of DomainBed's default tables holds.
         HPARAMS: further hparams that the dataset fixes, name -> value.
         NEEDS_DATA_DIR: True for a dataset that reads files.
@@ -89,6 +90,7 @@ class MultipleDomainDataset:
     CLASSES: Sequence[str] = ()
     PUBLISHED_COUNTS: Mapping[str, Any] = {}
     OPTIONS: ClassVar[Sequence[str]] = ()
+    HAS_MASKS: ClassVar[bool] = False
 
     datasets: Sequence[Any]
     input_shape: tuple[int, ...]
@@ -99,6 +101,11 @@ class MultipleDomainDataset:
         """V; 1 where an environment does not know its confounder."""
         known = all(known_array(environment, "c") is not None for environment in self.datasets)
         return len(self.CONFOUNDERS) if known and self.CONFOUNDERS else 1
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the masks of all images are known: the dataset's own, or the user's."""
+        return all(map(has_masks, self.datasets))
 
     def group_name(self, group: int) -> str:
         """What group g = y * V + c holds, in words: "waterbird, land"."""
@@ -163,10 +170,13 @@ class InMemoryEnvironment(TensorDataset):
         y: labels (N,) int64 in [0, K).
         c: confounder values (N,) int64 in [0, V).
         units: (N,) which original an image was made from; images of one unit never part in a split.
+        masks: (N, H, W) uint8, 255 on what should matter and 0 on what should not, or bool; None: not known.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, c: Tensor, units: Tensor | None = None):
+    def __init__(self, x: Tensor, y: Tensor, c: Tensor, units: Tensor | None = None, masks: Tensor | None = None):
         super().__init__(x, y.long())
+        assert masks is None or masks.shape == (len(x), *x.shape[2:])
+        self.masks: NDArray[Any] | None = None if masks is None else masks.numpy()
         self.y: Integers = y.long().numpy()
         self.c: Integers = c.long().numpy()
         self.split_units: Integers | None = None if units is None else units.long().numpy()
@@ -187,6 +197,7 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
         c: confounder values (N,) in [0, V); None: not known.
         augment: training draws random crops, flips and colours.
         split_units: (N,) which original an image was made from; images of one unit never part in a split.
+        masks: pool of the images' masks, aligned with ``images``, white on what should matter; None: not known.
 
     Attributes:
         transform: PIL image -> tensor, in place of the pipeline where a subclass of DomainBed's datasets sets one.
@@ -203,8 +214,9 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
         *,
         augment: bool = False,
         split_units: ArrayLike | None = None,
+        masks: Images | None = None,
     ):
-        self.images, self.augment = images, augment
+        self.images, self.augment, self.masks = images, augment, masks
         self.positions: Integers = np.asarray(positions, dtype=np.int64)
         self.y: Integers = np.asarray(y, dtype=np.int64)
         self.c: Integers | None = None if c is None else np.asarray(c, dtype=np.int64)
@@ -227,6 +239,17 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
             return self.transform(self.images.open(int(self.positions[key])))
         return self.pipeline.read(int(self.positions[key]), rng if self.augment else None)
 
+    def read_mask(self, key: int, rng: np.random.Generator | None = None) -> Tensor:
+        """The mask (size, size) float32 in [0, 1] of what ``read`` gives for a generator in the same state.
+
+        Raises:
+            NotImplementedError: the images pass through a transform.
+        """
+        refuse_transforms(self)
+        assert self.masks is not None
+        position, rng = int(self.positions[key]), rng if self.augment else None
+        return _fractions(self.pipeline.read_mask(self.masks, position, rng).numpy())
+
     def finish(self, batch: Any) -> Tensor:
         """Collated compact images -> (B, 3, size, size) float32, normalised, on the device on which they are."""
         if self.transform is not None:
@@ -238,8 +261,15 @@ class ImageEnvironment(Dataset[tuple[Tensor, int]]):
         """The images at keys as an environment of their own, from the same pool."""
         keys = np.asarray(keys, dtype=np.int64)
         c, units = (None if array is None else array[keys] for array in (self.c, self.split_units))
-        augment = self.augment if augment is None else augment
-        return ImageEnvironment(self.images, self.positions[keys], self.y[keys], c, augment=augment, split_units=units)
+        return ImageEnvironment(
+            self.images,
+            self.positions[keys],
+            self.y[keys],
+            c,
+            augment=self.augment if augment is None else augment,
+            split_units=units,
+            masks=self.masks,
+        )
 
 
 def image_size(hparams: Mapping[str, Any]) -> int:
@@ -281,3 +311,46 @@ def confounders(environment: Any) -> Integers:
     """The confounder values (N,); zeros where the environment knows none."""
     known = known_array(environment, "c")
     return np.zeros(len(environment), dtype=np.int64) if known is None else known
+
+
+def has_masks(environment: Any) -> bool:
+    """Whether the masks of all images of an environment are known."""
+    holders = [environment] if getattr(environment, "masks", None) is not None else leaves(environment)
+    return all(getattr(holder, "masks", None) is not None for holder in holders)
+
+
+def refuse_transforms(environment: Any) -> None:
+    """Raises NotImplementedError if images pass through a transform of the environment's own: masks can't follow."""
+    for leaf in leaves(environment):
+        if getattr(leaf, "transform", None) is not None:
+            raise NotImplementedError(
+                f"the images of this {type(leaf).__name__} pass through a transform of their own, which masks can't "
+                "follow; let an input pipeline open them (transform = None), or do without masks"
+            )
+
+
+def read_mask(environment: Any, key: int, rng: np.random.Generator | None = None) -> Tensor:
+    """One mask (H, W) float32 in [0, 1] of an environment that has masks, augmented as the image is by equal draws."""
+    if getattr(environment, "masks", None) is None:
+        environment, key = locate(environment, key)
+    if hasattr(environment, "read_mask"):
+        return cast(Tensor, environment.read_mask(key, rng))
+    return _fractions(environment.masks[key])
+
+
+def masks(environment: Any, keys: ArrayLike) -> Tensor | None:
+    """Masks (n, H, W) float32 of an environment's images at keys (n,), never augmented; None: they are not known.
+
+    1 is what should matter (the object), 0 what should not.
+    """
+    if not has_masks(environment):
+        return None
+    keys, known = np.asarray(keys, dtype=np.int64), getattr(environment, "masks", None)
+    if isinstance(known, np.ndarray):
+        return _fractions(known[keys])
+    return torch.stack([read_mask(environment, int(key)) for key in keys])
+
+
+def _fractions(masks: NDArray[Any]) -> Tensor:
+    """Masks uint8 or bool as float32 in [0, 1]."""
+    return torch.from_numpy(masks.astype(np.float32) / np.float32(1 if masks.dtype == bool else 255))

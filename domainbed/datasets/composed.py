@@ -69,7 +69,8 @@ def _taken(pool: Pool, keys: Integers) -> Pool:
     if isinstance(pool, ImageEnvironment):
         return pool.take(keys)
     x, y = pool.tensors
-    return InMemoryEnvironment(x[keys], y[keys], torch.from_numpy(pool.c[keys]))
+    masks = None if pool.masks is None else torch.from_numpy(pool.masks[keys])
+    return InMemoryEnvironment(x[keys], y[keys], torch.from_numpy(pool.c[keys]), masks=masks)
 
 
 def composed(

@@ -6,7 +6,7 @@ crops of four photographs: ``brick``, ``grass`` and ``gravel`` of scikit-image (
 (CC BY 2.0).
 
 Every set is a function of its data seed alone (``hparams["data_seed"]``, 0 by default), and a scan belongs to one
-environment and one split unit, so no scan is seen in two splits.
+environment and one split unit, so no scan is seen in two splits. An image's mask is the ink of its digit.
 """
 
 from collections.abc import Sequence
@@ -46,14 +46,14 @@ def enlarge(scans: Floats, size: int) -> Floats:
     return F.interpolate(torch.from_numpy(scans)[:, None], size=(size, size), mode="bilinear")[:, 0].numpy()
 
 
-def paste(canvas: Floats, ink: Floats, rng: np.random.Generator) -> Floats:
-    """Draws each ink (N, s, s) in white at a random place of its canvas (N, H, W), in place."""
+def place(ink: Floats, side: int, rng: np.random.Generator) -> Floats:
+    """Each ink (N, s, s) at a random place of an empty image (N, side, side)."""
     n, size = ink.shape[:2]
-    top, left = rng.integers(0, canvas.shape[1] - size + 1, (2, n))
+    top, left = rng.integers(0, side - size + 1, (2, n))
     rows, columns = top[:, None, None] + np.arange(size)[:, None], left[:, None, None] + np.arange(size)
-    where = (np.arange(n)[:, None, None], rows, columns)
-    canvas[where] += (1 - canvas[where]) * ink
-    return canvas
+    placed = np.zeros((n, side, side), np.float32)
+    placed[np.arange(n)[:, None, None], rows, columns] = ink
+    return placed
 
 
 def crops(photographs: Sequence[Floats], kinds: Integers, rng: np.random.Generator) -> Floats:
@@ -77,6 +77,7 @@ class Digits(MultipleDomainDataset):
 
     HPARAMS_SIZE = "small"
     HPARAMS = {"backbone": "small_cnn", "data_seed": 0}
+    HAS_MASKS = True  # the digit's ink
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):
         self.rng = np.random.default_rng(hparams.get("data_seed", 0))
@@ -130,9 +131,10 @@ class ColoredDigits(Digits):
         n = len(units)
         y = (self.digits[units] < 5) ^ (self.rng.random(n) < 0.25)
         color = (y ^ (self.rng.random(n) < disagreement)).astype(np.int64)
-        images = np.zeros((n, 2, 28, 28), np.float32)
-        images[np.arange(n), color] = paste(np.zeros((n, 28, 28), np.float32), enlarge(self.scans[units], 20), self.rng)
-        return InMemoryEnvironment(to_bytes(images), *map(torch.from_numpy, (y.astype(np.int64), color, units)))
+        ink = to_bytes(place(enlarge(self.scans[units], 20), 28, self.rng))
+        images = torch.zeros((n, 2, 28, 28), dtype=torch.uint8)
+        images[torch.arange(n), torch.from_numpy(color)] = ink
+        return InMemoryEnvironment(images, *map(torch.as_tensor, (y.astype(np.int64), color, units, ink)))
 
 
 class DigitsOnPhotographs(Digits):
@@ -155,11 +157,12 @@ class DigitsOnPhotographs(Digits):
         y, c, units = np.array(cells).T
         canvas = crops(self.photographs, c, self.rng)
         sizes = self.rng.integers(self.DIGIT_SIZES[0], self.DIGIT_SIZES[1] + 1, len(y))
+        ink = np.empty_like(canvas)
         for size in np.unique(sizes):
             chosen = sizes == size
-            canvas[chosen] = paste(canvas[chosen], enlarge(self.scans[scans[y, units]][chosen], size), self.rng)
-        images = to_bytes(canvas)[:, None].repeat(1, 3, 1, 1)
-        return InMemoryEnvironment(images, *map(torch.from_numpy, (y, c, units)))
+            ink[chosen] = place(enlarge(self.scans[scans[y, units]][chosen], size), SIZE, self.rng)
+        images = to_bytes(canvas + (1 - canvas) * ink)[:, None].repeat(1, 3, 1, 1)
+        return InMemoryEnvironment(images, *map(torch.as_tensor, (y, c, units, to_bytes(ink))))
 
 
 class SpawriousDigits(DigitsOnPhotographs):

@@ -12,9 +12,12 @@ from domainbed.datasets.base import (
     InMemoryEnvironment,
     MultipleDomainDataset,
     confounders,
+    has_masks,
     leaves,
     locate,
+    masks,
 )
+from domainbed.datasets.composed import compose
 from domainbed.images import Images
 from domainbed.lib.misc import labels, split_dataset
 from domainbed.splits import annotate, selection_splits, split_environments, training_splits, validation_splits
@@ -273,3 +276,53 @@ def test_a_transform_that_somebody_sets_replaces_the_pipeline(pool: Images) -> N
     environment.transform = lambda image: torch.tensor(float(np.asarray(image).max()))
     assert environment[0] == (200.0, 1)
     assert environment.finish(torch.stack([environment.read(key) for key in range(2)])).tolist() == [200.0, 0.0]
+
+
+def masked(n: int, level: int) -> InMemoryEnvironment:
+    """Example i has the mask level + i in all pixels."""
+    values = (level + torch.arange(n, dtype=torch.uint8)).view(n, 1, 1).expand(n, 2, 2).clone()
+    return InMemoryEnvironment(torch.zeros(n, 1, 2, 2), torch.zeros(n), torch.zeros(n), masks=values)
+
+
+def test_masks_of_compositions() -> None:
+    a, b = masked(10, 0), masked(10, 100)
+    both = ConcatDataset([Subset(a, [5, 3]), split_dataset(b, 4, seed=1)[1]])
+    rest = split_dataset(b, 4, seed=1)[1].keys
+    expected = torch.tensor([100 + rest[1], 3, 5, 100 + rest[0]]).view(4, 1, 1).expand(4, 2, 2) / 255
+    found = masks(both, [3, 1, 0, 2])
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    assert masks(a, []).shape == (0, 2, 2)
+
+
+def test_masks_are_known_only_if_all_are() -> None:
+    a, without = masked(10, 0), Four().datasets[0]
+    both = ConcatDataset([a, Subset(without, [1])])
+    assert (has_masks(a), has_masks(without), has_masks(both), has_masks(OneByOne())) == (True, False, False, False)
+    assert masks(both, [0]) is None
+    dataset = Four()
+    assert not dataset.has_masks
+    dataset.datasets = [a, Subset(a, [2])]
+    assert dataset.has_masks
+
+
+def test_masks_that_do_not_fit_their_images() -> None:
+    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3)
+    with pytest.raises(AssertionError):
+        InMemoryEnvironment(x, y, y, masks=torch.zeros(3, 2, 1, dtype=torch.uint8))
+
+
+def test_composed_environments_keep_their_masks() -> None:
+    values = torch.arange(8, dtype=torch.uint8).view(8, 1, 1)
+    pool = InMemoryEnvironment(values[:, None], torch.arange(8) % 2, torch.arange(8) // 4, masks=values)
+    for environment in compose(pool, [[[0.25, 0.25], [0.25, 0.25]]] * 2):
+        assert environment.masks.flatten().tolist() == environment.tensors[0].flatten().tolist()
+
+
+def test_masks_of_images_with_a_transform_are_refused(pool: Images) -> None:
+    environment = ImageEnvironment(pool, [5, 0], [1, 0], masks=pool)
+    assert (masks(environment, [0, 1])[:, 0, 0] * 255).tolist() == [200, 0]
+    environment.transform = torch.tensor
+    with pytest.raises(NotImplementedError, match="images of this ImageEnvironment pass through a transform"):
+        masks(environment, [0])

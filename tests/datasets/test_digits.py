@@ -4,6 +4,7 @@ import torch
 
 from domainbed import datasets
 from domainbed.datasets import digits
+from domainbed.datasets.base import masks
 from domainbed.splits import Split, split_environments, training_splits, validation_splits
 
 NAMES = ["ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
@@ -147,19 +148,54 @@ def test_a_digit_covers_less_than_forty_percent(size: int) -> None:
     assert (ink > 0.05).sum(axis=(1, 2)).max() < 0.4 * digits.SIZE**2
 
 
-def test_paste_against_a_loop() -> None:
-    rng = np.random.default_rng(0)
-    ink, canvas = rng.random((5, 3, 3)).astype(np.float32), rng.random((5, 8, 8)).astype(np.float32)
-    pasted = digits.paste(canvas.copy(), ink, np.random.default_rng(1))
-    again = np.random.default_rng(1)
-    top, left = again.integers(0, 6, (2, 5))
+def test_ink_is_placed_as_by_a_loop() -> None:
+    ink = np.random.default_rng(0).random((5, 3, 3)).astype(np.float32)
+    placed = digits.place(ink, 8, np.random.default_rng(1))
+    top, left = np.random.default_rng(1).integers(0, 6, (2, 5))
     for image, (t, s) in enumerate(zip(top, left, strict=True)):
-        expected = canvas[image].copy()
+        expected = np.zeros((8, 8))
         for i in range(3):
             for j in range(3):
-                background = expected[t + i, s + j]
-                expected[t + i, s + j] = background * (1 - ink[image, i, j]) + ink[image, i, j]
-        assert pasted[image] == pytest.approx(expected)
+                expected[t + i, s + j] = ink[image, i, j]
+        assert placed[image] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_are_there_and_cover_the_digit_alone(built, name: str) -> None:
+    dataset = built[name]
+    assert dataset.has_masks is dataset.HAS_MASKS is True
+    for environment in dataset:
+        assert environment.masks.dtype == np.uint8
+        m = masks(environment, np.arange(len(environment)))
+        assert m.shape == (len(environment), *dataset.input_shape[1:])
+        assert m.amax((1, 2)).min() > 0.8
+        assert 0.03 < (m > 0.5).float().mean((1, 2)).min() < (m > 0.05).float().mean((1, 2)).max() < 0.4
+
+
+def test_the_mask_of_a_colored_digit_is_its_ink(built) -> None:
+    for environment in built["ColoredDigits"]:
+        keys = torch.arange(len(environment))
+        x, _ = environment[keys]
+        assert torch.equal(masks(environment, keys), x.sum(1))
+
+
+@pytest.mark.parametrize("name", ["DigitsO2O", "DigitsM2M", "DigitsSubpop"])
+def test_an_image_is_its_background_but_where_the_mask_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    canvases: list[np.ndarray] = []
+
+    def crops(*args) -> np.ndarray:
+        canvases.append(cropped(*args))
+        return canvases[-1].copy()
+
+    cropped = digits.crops
+    monkeypatch.setattr(digits, "crops", crops)
+    dataset = datasets.get_dataset_class(name)(None, [0], {})
+    for environment, canvas in zip(dataset, canvases, strict=True):
+        x, m = environment.tensors[0][:, 0].numpy(), environment.masks / 255
+        assert (x == environment.tensors[0][:, 2].numpy()).all()
+        assert (x[m == 0] == np.round(255 * canvas[m == 0])).mean() > 0.99  # a trace of ink may have been rounded off
+        assert (x[m == 1] == 255).all()
+        assert abs(x - 255 * (canvas + (1 - canvas) * m)).max() <= 1.01  # image and mask are rounded
 
 
 def test_crops_come_from_the_photograph_of_their_kind() -> None:
