@@ -28,8 +28,8 @@ EPS = 1e-8  # in denominators and under logarithms
 ROOT_EPS = 1e-12  # least argument of a square root, whose slope at 0 is infinite
 VARIANCE_EPS = 1e-6  # beside a variance of maps in [0, 1], which is about .05
 FLOOR = 1e-3  # added to each pixel of a distribution before a Kullback-Leibler divergence
-NORMALISATIONS = ("max", "max_live", "minmax", "l1", "none")
-NO_DISTRIBUTION = ("max", "max_live", "minmax", "none")
+NORMALISATIONS = ("max", "max_live", "minmax", "minmax_live", "l1", "none")
+NO_DISTRIBUTION = ("max", "max_live", "minmax", "minmax_live", "none")
 
 
 def normalise(maps: Tensor, how: str) -> Tensor:
@@ -39,8 +39,9 @@ def normalise(maps: Tensor, how: str) -> Tensor:
         maps: (B, H, W).
         how: "max" divides by the image's largest absolute value, taken as a constant for the gradient: through it, a
             penalty would also move all pixels at once by way of the largest one. "max_live" does have that gradient.
-            "minmax" takes the smallest value to 0 and the largest to 1, both constants. "l1" divides by the image's
-            sum (differentiated), so that non-negative maps are a distribution over pixels. "none" leaves the scale.
+            "minmax" takes the smallest value to 0 and the largest to 1, both constants; "minmax_live" with their
+            gradient. "l1" divides by the image's sum (differentiated), so that non-negative maps are a distribution
+            over pixels. "none" leaves the scale.
 
     Raises:
         ValueError: ``how`` is none of these.
@@ -52,10 +53,10 @@ def normalise(maps: Tensor, how: str) -> Tensor:
         return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(EPS)
     if how == "max_live":
         return maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(EPS)
-    constant = maps.detach()
+    constant = maps if how == "minmax_live" else maps.detach()
     if how == "max":
         return maps / constant.abs().amax(dim=(1, 2), keepdim=True).clamp_min(EPS)
-    if how == "minmax":
+    if how in ("minmax", "minmax_live"):
         least, most = constant.amin(dim=(1, 2), keepdim=True), constant.amax(dim=(1, 2), keepdim=True)
         return (maps - least) / (most - least).clamp_min(EPS)
     raise ValueError(f"unknown normalisation of heatmaps: {how!r}; take one of {', '.join(NORMALISATIONS)}")

@@ -16,7 +16,8 @@ DOMAINBED_ORDER = (
 )  # fmt: skip
 OWN_ORDER = (
     "EX2L_MAE", "EX2L_MSE", "EX2L_RMSE", "EX2L_SoftIoU", "EX2L_KL", "EX2L_JSDivergence", "EX2L_JSDistance",
-    "EX2L_Cosine", "EX2L_NCC", "EX2L_SSIM", "EX2L_SoftDice",
+    "EX2L_Cosine", "EX2L_NCC", "EX2L_SSIM", "EX2L_SoftDice", "ALIGN", "ALIGN_NoGuidance", "ALIGN_GrayMask",
+    "ALIGN_GivenMask", "DRE", "SGT", "RRR", "RRR_Confounder", "GRADIA", "CARE",
 )  # fmt: skip
 
 REGISTRY: Registry[Any] = Registry("algorithm", DOMAINBED_ORDER + OWN_ORDER)
@@ -36,6 +37,7 @@ class Task:
         num_domains: number of minibatches that ``update`` gets (parts of the partition).
         num_confounders: V; 1 where the dataset knows no confounder.
         group_counts: examples of each of the K * V groups in the training in-splits.
+        steps: updates of the run, if it is not stopped early; 0: not known.
     """
 
     input_shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Task:
     num_domains: int
     num_confounders: int = 1
     group_counts: tuple[int, ...] = ()
+    steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +65,7 @@ class Algorithm(nn.Module):
         PARTITION: the partition that ``train`` takes unless told otherwise.
         MIN_PARTS: the fewest minibatches that ``update`` can work with.
         NEEDS_CONFOUNDERS: True if ``update`` reads confounders: then it is given annotated images only.
+        NEEDS_MASKS: True if ``update`` reads masks: then (and only then) its minibatches carry ``.m``.
         CONTROL: hparams that switch off what the method adds; the run with them, all else equal, is the method's
             control. A literal; empty: it has none.
         UNREAD_HPARAMS: hparams of the shared table that the class does not read; a literal.
@@ -71,6 +75,7 @@ class Algorithm(nn.Module):
     PARTITION: ClassVar[str] = "environment"
     MIN_PARTS: ClassVar[int] = 1
     NEEDS_CONFOUNDERS: ClassVar[bool] = False
+    NEEDS_MASKS: ClassVar[bool] = False
     CONTROL: ClassVar[Mapping[str, Any]] = {}
     UNREAD_HPARAMS: ClassVar[Sequence[str]] = ()
 
@@ -97,7 +102,7 @@ class Algorithm(nn.Module):
 
         Args:
             minibatches: one ``(x, y)`` per part of the partition, x (B, C, H, W) float, y (B,) int64 in [0, K);
-                our loaders' minibatches also carry ``.c``, ``.g``, ``.e``, ``.i``.
+                our loaders' minibatches also carry ``.c``, ``.g``, ``.e``, ``.i``, and ``.m`` where it is needed.
             unlabeled: None, or one x per test environment (domain adaptation).
 
         Returns:
@@ -180,3 +185,18 @@ def confounders(minibatches: Minibatches) -> Tensor:
             "whose minibatches carry `.c`"
         )
     return torch.cat(labels)
+
+
+def masks(minibatches: Minibatches) -> Tensor:
+    """All masks m of a step, in the minibatches' order; (sum of B, H, W) float32 in [0, 1], 1 on what should matter.
+
+    Raises:
+        ValueError: a minibatch carries none.
+    """
+    known: list[Any] = [getattr(minibatch, "m", None) for minibatch in minibatches]
+    if any(m is None for m in known):
+        raise ValueError(
+            "minibatches came without masks; set NEEDS_MASKS = True in the algorithm's class and train on a dataset "
+            "that has masks or with --mask_dir, or draw them by TrainingLoader(..., with_masks=True): they carry `.m`"
+        )
+    return torch.cat(known)
