@@ -12,6 +12,7 @@ from torch import Tensor
 from domainbed import similarities
 from domainbed.algorithms.align import ALIGN, ALIGN_GivenMask, ALIGN_GrayMask, ALIGN_NoGuidance  # noqa: F401
 from domainbed.algorithms.base import Minibatches, concatenate, confounders, register
+from domainbed.algorithms.explained import check_not_negative
 from domainbed.algorithms.two_networks import TwoNetworks, risk
 from domainbed.lib.misc import predicted_labels
 
@@ -70,9 +71,7 @@ class EX2L(TwoNetworks):
         chosen = self.hparams["map_normalisation"]
         self.normalisation = self.similarity.normalisation if chosen == "own" else chosen
         self.similarity.check(self.normalisation, self.hparams["map_relu"])
-        for name in ("lambda_1", "lambda_2", "lambda_2_ramp"):
-            if self.hparams[name] < 0:
-                raise ValueError(f"{name} {self.hparams[name]}: must not be negative")
+        check_not_negative(self.hparams, "lambda_1", "lambda_2", "lambda_2_ramp")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:

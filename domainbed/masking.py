@@ -1,6 +1,9 @@
-"""What an image looks like where a part of it is taken away: a fill in its place."""
+"""Images seen through masks: a fill in place of what is taken away; masks at the size of heatmaps."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FILLS = ("blur", "mean", "zero")
@@ -46,3 +49,9 @@ def keep(x: Tensor, mask: Tensor, filled: Tensor) -> Tensor:
     """``x * mask + filled * (1 - mask)``: images (B, C, H, W) seen through masks (B, H, W) in [0, 1]."""
     mask = mask[:, None]
     return x * mask + filled * (1 - mask)
+
+
+def at_size(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks (B, H, W) at the size (h, w) of heatmaps, by the average over each pixel's area; still in [0, 1]."""
+    with torch.autocast(mask.device.type, enabled=False):
+        return F.interpolate(mask.float()[:, None], size=tuple(size), mode="area")[:, 0].clamp(0, 1)

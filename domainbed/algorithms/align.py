@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from domainbed.algorithms.base import Minibatches, Task, concatenate, make_optimizer, masks, register
 from domainbed.algorithms.dre import DRE
-from domainbed.algorithms.explained import map_layer
+from domainbed.algorithms.explained import check_not_negative, map_layer
 from domainbed.feature_maps import capture, evaluating
 from domainbed.maskers import ConvMasker, MapMasker, total_variation
-from domainbed.masking import FILLS, fill, keep
+from domainbed.masking import FILLS, at_size, fill, keep
 from domainbed.similarities import normalise
 
 EPS = 1e-3  # least value of a heatmap and of its complement in a cross-entropy
@@ -72,6 +72,7 @@ class MaskGuided(DRE):
         self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any], steps: int = 0
     ):
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        check_not_negative(hparams, "lambda_3", "lambda_4", "warmup_steps", "warmup_frac")
         self.warmup = round(hparams["warmup_frac"] * steps) or hparams["warmup_steps"]
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
@@ -112,7 +113,7 @@ class MaskGuided(DRE):
     def alignment(self, maps: Tensor, target: Tensor) -> Tensor:
         """``alignment`` of heatmaps (B, h, w) with masks (B, H, W), at the size that the hparam names."""
         if self.hparams["align_at"] == "maps":
-            return alignment(maps, F.interpolate(target[:, None], size=maps.shape[1:], mode="area")[:, 0])
+            return alignment(maps, at_size(target, maps.shape[1:]))
         return alignment(F.interpolate(maps[:, None], size=target.shape[1:], mode="bilinear")[:, 0], target)
 
 
@@ -154,6 +155,9 @@ class ALIGN(MaskGuided):
 
     def __init__(self, *task: Any, **options: Any):
         super().__init__(*task, **options)
+        check_not_negative(self.hparams, "lambda_1", "lambda_2")
+        if self.hparams["masker_steps"] < 1:
+            raise ValueError(f"masker_steps {self.hparams['masker_steps']}: must be at least 1")
         input_shape = task[0] if task else options["input_shape"]
         self.masker: nn.Module = ConvMasker(input_shape)
         if self.hparams["masker"] == "features":

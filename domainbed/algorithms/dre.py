@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import Minibatches, concatenate, register
-from domainbed.algorithms.explained import ExplainedERM
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative
 
 
 def partners(y: Tensor) -> Tensor:
@@ -54,6 +54,12 @@ class DRE(ExplainedERM):
         "map_normalisation": ("minmax_live", lambda r: "minmax_live"),
     }
     CONTROL = {"dre_consistency": 0.0, "dre_sparsity": 0.0, "dre_mixed": 0.0}
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        check_not_negative(hparams, "dre_consistency", "dre_sparsity", "dre_mixed")
+        if not hparams["dre_alpha"] > 0:
+            raise ValueError(f"dre_alpha {hparams['dre_alpha']}: must be above 0")
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)

@@ -26,6 +26,13 @@ def check_choices(hparams: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
             raise ValueError(f"{name} {hparams[name]!r} is unknown; take one of {', '.join(allowed)}")
 
 
+def check_not_negative(hparams: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError if an hparam is below 0."""
+    for name in names:
+        if not hparams[name] >= 0:
+            raise ValueError(f"{name} {hparams[name]}: must not be negative")
+
+
 def require_maps(featurizer: Any, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> None:
     """Raises ValueError if the featurizer has no feature maps, or none at the layer that the hparams name."""
     if not hasattr(featurizer, "map_layer"):

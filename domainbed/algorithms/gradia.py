@@ -8,17 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import Minibatches, concatenate, masks, register
-from domainbed.algorithms.explained import ExplainedERM
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative
 from domainbed.lib.misc import predicted_labels
+from domainbed.masking import at_size
 from domainbed.similarities import EPS
 
 FLATNESS = 1e-6  # a map whose values differ by less than this fraction of the largest one looks nowhere
-
-
-def at_size(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Masks (B, H, W) at the size (h, w) of heatmaps, by the average over each pixel's area; still in [0, 1]."""
-    with torch.autocast(mask.device.type, enabled=False):
-        return F.interpolate(mask.float()[:, None], size=tuple(size), mode="area")[:, 0].clamp(0, 1)
 
 
 def energy_inside(heatmaps: Tensor, mask: Tensor) -> Tensor:
@@ -56,9 +51,7 @@ class GivenMasksERM(ExplainedERM):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        for name in (f"{self.PREFIX}_lambda", f"{self.PREFIX}_warmup"):
-            if hparams[name] < 0:
-                raise ValueError(f"{name} {hparams[name]}: must not be negative")
+        check_not_negative(hparams, f"{self.PREFIX}_lambda", f"{self.PREFIX}_warmup")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:

@@ -275,6 +275,14 @@ def test_rows_train_under_autocast(name: str) -> None:
     assert all(math.isfinite(value) for value in values.values())
 
 
+@pytest.mark.parametrize("name", ["lambda_1", "lambda_2", "lambda_3", "lambda_4", "warmup_steps", "warmup_frac"])
+def test_negative_weights_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} -1: must not be negative"):
+        build(**{name: -1})
+    with pytest.raises(ValueError, match="masker_steps 0: must be at least 1"):
+        build(masker_steps=0)
+
+
 @pytest.mark.parametrize("wrong", [{"masker": "unet"}, {"mask_fill": "noise"}, {"align_at": "pixels"}])
 def test_readings_that_do_not_exist_are_named(wrong: dict[str, str]) -> None:
     ((name, value),) = wrong.items()

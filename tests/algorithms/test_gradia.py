@@ -11,8 +11,9 @@ from torch import Tensor
 from domainbed import hparams_registry
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
-from domainbed.algorithms.gradia import at_size, energy_inside, is_flat, soft_target
+from domainbed.algorithms.gradia import energy_inside, is_flat, soft_target
 from domainbed.loaders import Minibatch
+from domainbed.masking import at_size
 
 SHAPE, K = (3, 36, 36), 3
 BOTH = ("GRADIA", "CARE")
