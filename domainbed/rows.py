@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # What tells the runs of a row apart, or changes no number.
 NOT_ROW = {
     "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "data_dir", "output_dir",
-    "eval_splits", "keep_best", "skip_model_save", "save_model_every_checkpoint", "overwrite",
+    "eval_splits", "explain", "keep_best", "skip_model_save", "save_model_every_checkpoint", "overwrite",
 }  # fmt: skip
 NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from domainbed import records
+from domainbed import explanation_records, records
 
 LOCK_FILE = "lock"
 EXIT_LOCKED = 73  # another process is running here
@@ -76,7 +76,8 @@ def is_running(directory: str | os.PathLike[str]) -> bool:
 
 def clear(directory: str | os.PathLike[str]) -> None:
     """Removes a run's results, the sign of completeness first."""
-    for pattern in (records.DONE_FILE, records.RESULTS_FILE, "model*.pkl", "model*.pkl.partial"):
+    files = (records.DONE_FILE, records.RESULTS_FILE, explanation_records.EXPLANATIONS_FILE)
+    for pattern in (*files, "model*.pkl", "model*.pkl.partial"):
         for path in Path(directory).glob(pattern):
             path.unlink()
 

@@ -461,7 +461,7 @@ def test_needs_confounder_labels() -> None:
     [
         ({"map_gradient": "detached"}, "map_gradient 'detached' is unknown; take one of constant, full, none"),
         ({"similarity_gradient": "none"}, "similarity_gradient 'none' is unknown; take one of both, label, confounder"),
-        ({"map_normalisation": "softmax"}, "map_normalisation 'softmax' .* own, max, max_live, minmax, minmax_live, l1, none"),
+        ({"map_normalisation": "softmax"}, "map_normalisation 'softmax' .* own, max, max_live, minmax"),
         ({"map_target": "label"}, "map_target 'label' is unknown; take one of true, predicted"),
     ],
 )

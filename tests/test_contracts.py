@@ -20,16 +20,20 @@ EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"
 def splits() -> list[Split]:
     torch.manual_seed(0)
     dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
+    for environment in dataset:
+        environment.masks = np.arange(28) < np.full((len(environment), 28, 1), 14)  # for those that need masks
     return training_splits(dataset, split_environments(dataset, [0], 0.2), [0])
 
 
 def hparams_of(name: str) -> dict[str, Any]:
-    return hparams_registry.default_hparams(name, "Debug28") | {"batch_size": 8, "backbone": "small_cnn"}
+    hparams = hparams_registry.default_hparams(name, "Debug28") | {"batch_size": 8, "backbone": "small_cnn"}
+    return {key: 1 if "warmup" in key and value else value for key, value in hparams.items()}  # and what comes after
 
 
 def build(name: str, partition: str, splits: list[Split]) -> tuple[Any, TrainingLoader]:
     hparams = hparams_of(name)
-    loader = TrainingLoader(splits, partitions.REGISTRY[partition], hparams["batch_size"], 2)
+    with_masks = algorithms.get_algorithm_class(name).NEEDS_MASKS
+    loader = TrainingLoader(splits, partitions.REGISTRY[partition], hparams["batch_size"], 2, with_masks=with_masks)
     task = Task((3, 28, 28), 2, len(loader.parts), 2, loader.group_counts(2))
     torch.manual_seed(0)
     np.random.seed(0)

@@ -55,6 +55,7 @@ def declared(monkeypatch):
             "Mixer": {"PARTITION": "random"},
             "Pairs": {"MIN_PARTS": 2},
             "Seer": {"NEEDS_CONFOUNDERS": True},
+            "Guided": {"NEEDS_MASKS": True},
             "Penal": {"CONTROL": {"weight": 0.0}},
         },
         "datasets": {
@@ -62,6 +63,7 @@ def declared(monkeypatch):
             "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"], "NEEDS_DATA_DIR": True},
             "Two": {"ENVIRONMENTS": ("a", "b"), "NEEDS_DATA_DIR": True},
             "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,), "NEEDS_DATA_DIR": True},
+            "Masked": {"ENVIRONMENTS": ("a", "b", "c"), "HAS_MASKS": True},
             "Own": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (2,)},
             "Official": {"ENVIRONMENTS": ("a", "b", "c", "d"), "VALIDATION_ENVS": (2,), "TEST_ENVS": (3,)},
         },
@@ -378,6 +380,12 @@ def test_delete_spares_what_runs_or_is_done(three, held, capsys):
     assert Job.delete([three[2]]) == 1
     assert not os.path.exists(three[2].output_dir)
     assert capsys.readouterr().out.endswith("Deleted 1 jobs!\n")
+
+
+def test_rows_that_need_masks_are_left_out_where_there_are_none(caplog):
+    assert [args["dataset"] for args in grid(["Own", "Masked"], ["Guided"], test_envs_list=[[0]])] == ["Masked"]
+    assert "left out: Guided on Own, which has no masks" in caplog.text
+    assert len(grid(["Own", "Masked"], ["Guided"], test_envs_list=[[0]], mask_dir="masks")) == 2
 
 
 @pytest.mark.parametrize("algorithm", ["Seer", "ERM:group", "ERM:confounder"])

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed import model_selection
+from domainbed import explanation_records, model_selection
 from domainbed.control_tables import comparison_tables, control_tables
+from domainbed.explanation_tables import explanation_tables
 from domainbed.group_tables import group_tables, several_test_envs_tables
 from domainbed.lib import reporting
 from domainbed.lib.query import Q
@@ -115,6 +116,7 @@ def own_tables(
         "several_test_envs": several_test_envs_tables(records, validation, args.latex),
         "groups": group_tables(records, args.latex),
         "controls": control_tables(records, args.latex),
+        "explanations": explanation_tables(records, explanation_records.iterate(args.input_dir), args.latex),
     }
     with bad_input():
         if args.compare:
@@ -129,7 +131,8 @@ def main(argv: list[str]) -> int:
     """Prints and writes DomainBed's tables (results.txt or .tex), then ours, each only where there is something in it.
 
     Ours are, in files of these names: runs with several test environments (several_test_envs), groups, methods minus
-    their controls (controls), and, where asked for, two rows (comparison) and a screening.
+    their controls (controls), explanations where some were measured, and, where asked for, two rows (comparison) and a
+    screening.
 
     Raises:
         BadInput: there are no records or not those that were asked for, or the directory can't be written to.

@@ -118,6 +118,8 @@ def make_parser() -> DomainBedParser:
     add("--input_pipeline", choices=["pil", "cv2", "device"], help="how image files are opened; default: pil")
     add("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
     add("--annotation_budget", type=float, help="share of training images with a known confounder; default: 1")
+    add("--mask_dir", help="folder of your own masks, in place of the datasets'")
+    add("--explain", type=_at_least(1), metavar="N", help="measure the explanations of N images a test environment")
     add("--no_model_save", dest="skip_model_save", action="store_true", help="store no model.pkl")
     return parser
 

@@ -16,11 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import datasets, notices, partitions, records, run_directory, training
+from domainbed import (
+    datasets,
+    explanation_records,
+    mask_files,
+    notices,
+    partitions,
+    records,
+    run_directory,
+    saved_models,
+    training,
+)
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.console import Tee, print_row
+from domainbed.evaluation import ExplanationPlan, explanations
+from domainbed.explainers import Explainer
+from domainbed.explanation_tables import run_table
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.train_arguments import defaults, parser, resolve
@@ -114,12 +127,8 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
         ValueError, FileNotFoundError: what was asked for doesn't fit together, or files are missing.
     """
     training.keep_freed_memory()
-    seed_everything(args["seed"])
-    dataset = build_dataset(args, hparams)
-    dataset.use_input_pipeline(args["input_pipeline"])
+    dataset, splits = build_data(args, hparams)
     test_envs = args["test_envs"]
-    fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
-    splits = split_environments(dataset, test_envs, *fractions, trial_seed=args["trial_seed"])
     validation = validation_splits(dataset, splits, test_envs)
     stopping = early_stopping(hparams)
     if not (dataset.num_confounders > 1 and validation):
@@ -128,7 +137,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
     known = annotated(dataset, trained, args)
-    minibatches = build_loader(known, args["partition"], dataset, args, hparams, len(trained))
+    minibatches = build_loader(
+        known, args["partition"], dataset, args, hparams, len(trained), needs_masks(dataset, args)
+    )
     if sum(len(part.positions) for part in minibatches.parts) < sum(map(len, trained)):
         notices.report_not_annotated(dataset, trained, known)
     unlabeled = None
@@ -138,15 +149,26 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
             raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
         unlabeled = build_loader(uda, "environment", dataset, args, hparams, len(uda))
     counts = minibatches.group_counts(dataset.num_classes)
-    shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
-    task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts)
-    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     smallest = min(len(split) for split in splits if split.kind == "in")
     shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
     pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
     plan = build_plan(dataset, measured, smallest / hparams["batch_size"], pass_steps, args, shares)
+    shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
+    task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts, plan.steps)
+    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
+    if args["explain"]:
+        Explainer(algorithm).check(shape)  # now, not when the training is over
     return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device())
+
+
+def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list[Split]]:
+    """The dataset and its splits; the first of all that draws from the run's seed."""
+    seed_everything(args["seed"])
+    dataset = build_dataset(args, hparams)
+    dataset.use_input_pipeline(args["input_pipeline"])
+    fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
+    return dataset, split_environments(dataset, args["test_envs"], *fractions, trial_seed=args["trial_seed"])
 
 
 def refuse_what_needs_validation(args: dict[str, Any], hparams: dict[str, Any]) -> None:
@@ -189,6 +211,21 @@ def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> l
     return known
 
 
+def needs_masks(dataset: Any, args: dict[str, Any]) -> bool:
+    """Whether the algorithm learns from masks.
+
+    Raises:
+        ValueError: it does, and the dataset has none.
+    """
+    needed = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_MASKS", False)
+    if needed and not dataset.has_masks:
+        raise ValueError(
+            f"{args['algorithm']} learns from masks, and {args['dataset']} has none; give --mask_dir, a folder of "
+            "them (docs/datasets.md says how they are named), or take a dataset that has masks"
+        )
+    return needed
+
+
 def build_plan(
     dataset: Any,
     measured: Sequence[Split],
@@ -229,6 +266,8 @@ def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
         raise FileNotFoundError(f"{error}\n{layout(dataset_class)}") from error
     dataset.check_arrays()
     notices.report_release(dataset)
+    if args.get("mask_dir"):
+        mask_files.use(dataset, Path(args["mask_dir"]))
     return dataset
 
 
@@ -247,6 +286,7 @@ def build_loader(
     args: dict[str, Any],
     hparams: dict[str, Any],
     num_environments: int,
+    with_masks: bool = False,
 ) -> TrainingLoader:
     return TrainingLoader(
         splits,
@@ -258,6 +298,7 @@ def build_loader(
         dataset.N_WORKERS,
         device(),
         num_environments,
+        with_masks,
     )
 
 
@@ -279,12 +320,37 @@ def execute(run: Run) -> None:
             best = score
             save(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
         if run.args["save_model_every_checkpoint"]:
-            save(f"model_step{record['step']}.pkl")
+            save(f"model_step{record['step']}.pkl", step=record["step"])
         if run.stopping is not None and run.stopping.is_over(score, record["step"]):
             print(f"stopped early after step {record['step']}: {run.stopping}")
             break
     if not run.args["skip_model_save"]:
-        save(training.MODEL_FILE)
+        save(training.MODEL_FILE, step=record["step"])
+    if run.args["explain"]:
+        explain(run, record["step"])
+
+
+def explain(run: Run, step: int) -> None:
+    """Measures explanations on the test environments' in-splits: of the best model if it was kept, else the last."""
+    directory, model = Path(run.args["output_dir"]), "" if run.args["skip_model_save"] else training.MODEL_FILE
+    if (best := directory / training.BEST_MODEL_FILE).exists():
+        saved = saved_models.load(best, run.device)
+        run.algorithm.load_state_dict(saved["model_dict"])
+        model, step = best.name, saved["step"]
+    plan, training_plan = ExplanationPlan(run.args["explain"]), run.plan
+    num_confounders = training_plan.num_confounders
+    tested = [split for split in training_plan.splits if split.kind == "in" and split.env in run.args["test_envs"]]
+    measured = {
+        (split.number, split.kind): explanations(
+            run.algorithm, split, num_confounders, run.device, plan, training_plan.num_workers
+        )
+        for split in tested
+    }
+    settings = explanation_records.Settings.of(plan, model, step)
+    num_groups = training_plan.num_classes * num_confounders
+    line = explanation_records.line(run.args, settings, plan.fills, measured, num_groups)
+    records.append(directory / explanation_records.EXPLANATIONS_FILE, line)
+    print(run_table(line), end="")
 
 
 def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> float:

@@ -73,7 +73,15 @@ def _add_own_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
     )
+    p.add_argument("--mask_dir", help="folder of your own masks, in place of the dataset's (docs/datasets.md)")
     p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
+    p.add_argument(
+        "--explain",
+        type=int,
+        default=0,
+        metavar="N",
+        help="in the end, measure the explanations of N images of each test environment (docs/explanations.md)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
 
 
@@ -99,7 +107,7 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(args: dict[str, Any]) -> None:
-    for name in ("steps", "epochs", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction"):
+    for name in ("steps", "epochs", "checkpoint_freq", "holdout_fraction", "uda_holdout_fraction", "explain"):
         if args[name] is not None and args[name] < 0:
             raise ValueError(f"--{name} {args[name]}: must not be negative")
     for name in ("steps", "epochs", "checkpoint_freq"):
@@ -116,6 +124,11 @@ def class_defaults(args: dict[str, Any]) -> dict[str, Any]:
     algorithm_class, dataset_class = get_algorithm_class(args["algorithm"]), datasets.get_dataset_class(args["dataset"])
     test_envs = getattr(dataset_class, "TEST_ENVS", None) or [0]
     return {"partition": getattr(algorithm_class, "PARTITION", "environment"), "test_envs": list(test_envs)}
+
+
+def completed(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an earlier run, with the default of each flag that train did not have then."""
+    return vars(parser().parse_args([])) | class_defaults(args) | args
 
 
 def defaults(args: dict[str, Any]) -> dict[str, Any]:

@@ -147,10 +147,15 @@ def test_frozen_gives_back_what_it_found_also_after_an_error() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     network[0].weight.requires_grad_(False)
     network[1].eval()
-    with pytest.raises(RuntimeError, match="inside"), align.frozen(network):
-        assert not any(weight.requires_grad for weight in network.parameters())
-        assert not any(module.training for module in network.modules())
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with align.frozen(network):
+            assert not any(weight.requires_grad for weight in network.parameters())
+            assert not any(module.training for module in network.modules())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert [weight.requires_grad for weight in network.parameters()] == [False, True, True, True, True, True]
     assert [module.training for module in network] == [True, False, True]
 
@@ -264,7 +269,8 @@ def test_two_environments_groups_and_random_minibatches(name: str, partition: st
     for _, minibatches in zip(range(3), loader, strict=False):
         values = model.update(minibatches)
     assert all(math.isfinite(value) for value in values.values())
-    assert ("alignment" in values) and all(torch.isfinite(weight).all() for weight in model.parameters())
+    assert "alignment" in values
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("name", ROWS)

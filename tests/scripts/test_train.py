@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from domainbed import algorithms, datasets
-from domainbed.algorithms.base import Task
+from domainbed.algorithms.base import Task, masks
 from domainbed.datasets.debug import Debug28
+from domainbed.rows import Row
 from domainbed.scripts import BadInput, train
 
 QUICK = [
@@ -212,6 +214,8 @@ with run_directory.lock(sys.argv[1]):
         (["--dataset", "MultipleDomainDataset"], "dataset not found: MultipleDomainDataset"),
         (["--confounders", "sex"], "Debug28 leaves no choice of --confounders"),
         (["--input_pipeline", "cv2"], "--input_pipeline cv2 is for image files"),
+        (["--mask_dir", "nowhere"], "--mask_dir nowhere: no such folder"),
+        (["--mask_dir", "."], r"the masks of 3 of 3 environments can't be used:(.|\n)*env0.npy: no such file"),
         (["--annotation_budget", "2"], "--annotation_budget 2"),
         (["--annotation_budget", "0", "--partition", "group"], "the annotation budget leaves none"),
         (["--annotation_budget", "0", "--algorithm", "EX2L_MAE"], "EX2L_MAE learns from confounder labels"),
@@ -290,6 +294,49 @@ def test_within_a_budget_only_annotated_images_have_a_confounder(
     assert not hidden & known
     assert len(hidden) == len(known) == 13  # half of 2 x 13 training images
     assert {(e, i) for e, i, _ in seen["Needing"]} == known
+
+
+class Masked(algorithms.ERM):
+    """ERM that looks at its masks."""
+
+    NEEDS_MASKS = True
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        self.seen.append(masks(minibatches))
+        return super().update(minibatches, unlabeled)
+
+
+def test_masks_reach_the_algorithms_that_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algorithms, "Masked", Masked, raising=False)
+    monkeypatch.setattr(Masked, "seen", [])
+    flags = ["--dataset", "DigitsSubpop", "--steps", "1", "--eval_splits", "selection"]
+    (masked,) = run(tmp_path / "masked", *flags, "--algorithm", "Masked")
+    (m,) = Masked.seen
+    assert m.shape == (8, 36, 36)
+    assert 0 < m.mean() < 0.4
+    (plain,) = run(tmp_path / "plain", *flags)
+    assert masked["loss"] == plain["loss"]  # the same images were drawn
+
+
+def test_the_users_masks_take_the_place_of_a_datasets_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algorithms, "Masked", Masked, raising=False)
+    monkeypatch.setattr(Masked, "seen", [])
+    with pytest.raises(BadInput, match="Masked learns from masks, and Debug28 has none; give --mask_dir"):
+        run(tmp_path / "without", "--algorithm", "Masked")
+    for e, environment in enumerate(Debug28(None, [0], {})):
+        np.save(tmp_path / f"env{e}.npy", np.ones((len(environment), 28, 28), bool))
+    records = run(tmp_path / "with", "--algorithm", "Masked", "--mask_dir", str(tmp_path))
+    assert records[0]["args"]["mask_dir"] == str(tmp_path)
+    assert all((m == 1).all() and m.shape == (8, 28, 28) for m in Masked.seen)
+    assert Row.of(records[0]["args"]) != Row.of({**records[0]["args"], "mask_dir": "others"})
+
+
+def test_minibatches_without_masks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algorithms, "Masked", Masked, raising=False)
+    monkeypatch.setattr(Masked, "NEEDS_MASKS", False)
+    with pytest.raises(ValueError, match="minibatches came without masks; set NEEDS_MASKS"):
+        run(tmp_path, "--algorithm", "Masked", "--dataset", "DigitsSubpop")
 
 
 def test_groups_that_the_budget_hides_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
