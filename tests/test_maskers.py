@@ -21,6 +21,13 @@ def test_a_light_network_without_batch_statistics() -> None:
     torch.testing.assert_close(masker(x)[1:2], masker(x[1:2]))
 
 
+@pytest.mark.parametrize("start", [0.1, 0.5, 0.9])
+def test_masks_begin_where_they_are_told(start: float) -> None:
+    torch.manual_seed(0)
+    assert (ConvMasker((3, 36, 36), start)(torch.randn(2, 3, 36, 36)) - start).abs().max() < 0.1
+    assert (MapMasker(48, start)(torch.randn(3, 48, 9, 7)) - start).abs().max() < 0.1
+
+
 def test_masks_of_maps() -> None:
     torch.manual_seed(0)
     masks = MapMasker(48)(torch.randn(3, 48, 9, 7))

@@ -136,6 +136,7 @@ class ALIGN(MaskGuided):
         lambda_1, lambda_2: weights of the mask's area and of its total variation.
         lambda_3 and the others of ``MaskGuided``.
         masker: "conv", a network of its own (``ConvMasker``), or "features", on the classifier's feature maps.
+        mask_start: about what masks are before they are learned, in (0, 1).
         masker_lr: of the masker's Adam.
         masker_steps: steps of the masker in each update.
         mask_fill: what a masked pixel shows, one of ``masking.FILLS``; the mean colour is that of all images so far.
@@ -145,6 +146,7 @@ class ALIGN(MaskGuided):
         "lambda_1": (0.1, lambda r: 10 ** r.uniform(-2, 0)),
         "lambda_2": (0.1, lambda r: 10 ** r.uniform(-2, 0)),
         "masker": ("conv", lambda r: "conv"),
+        "mask_start": (0.5, lambda r: r.uniform(0.1, 0.9)),
         "masker_lr": (1e-3, lambda r: 10 ** r.uniform(-4, -2.5)),
         "masker_steps": (1, lambda r: 1),
         "mask_fill": ("mean", lambda r: "mean"),
@@ -158,10 +160,12 @@ class ALIGN(MaskGuided):
         check_not_negative(self.hparams, "lambda_1", "lambda_2")
         if self.hparams["masker_steps"] < 1:
             raise ValueError(f"masker_steps {self.hparams['masker_steps']}: must be at least 1")
-        input_shape = task[0] if task else options["input_shape"]
-        self.masker: nn.Module = ConvMasker(input_shape)
+        input_shape, start = task[0] if task else options["input_shape"], self.hparams["mask_start"]
+        if not 0 < start < 1:
+            raise ValueError(f"mask_start {start}: must be above 0 and below 1")
+        self.masker: nn.Module = ConvMasker(input_shape, start)
         if self.hparams["masker"] == "features":
-            self.masker = MapMasker(self._feature_maps(torch.zeros(2, *input_shape)).shape[1])
+            self.masker = MapMasker(self._feature_maps(torch.zeros(2, *input_shape)).shape[1], start)
         self.masker_optimizer = make_optimizer(self.masker.parameters(), self.hparams["masker_lr"], 0.0, {})
         self.register_buffer("mean_colour", torch.zeros(input_shape[0]))
 

@@ -287,6 +287,8 @@ def test_negative_weights_are_refused(name: str) -> None:
         build(**{name: -1})
     with pytest.raises(ValueError, match="masker_steps 0: must be at least 1"):
         build(masker_steps=0)
+    with pytest.raises(ValueError, match=r"mask_start 1.0: must be above 0 and below 1"):
+        build(mask_start=1.0)
 
 
 @pytest.mark.parametrize("wrong", [{"masker": "unet"}, {"mask_fill": "noise"}, {"align_at": "pixels"}])
