@@ -196,6 +196,7 @@ def test_a_heatmap_that_overlaps_the_mask() -> None:
 
 def test_a_learned_mask_is_not_divided_by_its_maximum() -> None:
     assert learned_mask_iou(0.4 * square(), square()).item() == 0
+    assert learned_mask_iou(torch.full_like(square(), 0.5), square()).item() == 0  # undecided is not set
     assert mask_iou(0.4 * square(), square()).item() == 1
     small = F.avg_pool2d(square(), 2)  # 4 x 4, enlarged again
     assert 0.5 < learned_mask_iou(small, square()).item() <= 1
@@ -323,6 +324,7 @@ def test_captum_says_the_same_of_sufficiency_and_comprehensiveness(how: str) -> 
     filled = fill(x, how, MEAN).expand_as(x)
     ablation = attr.FeatureAblation(lambda images: net(images).softmax(dim=1))
     own = []
+    assert BINS == (1, 5, 10, 20, 50)  # ERASER's
     for percent in BINS:
         first = ranks(heatmaps, SIZE) < math.ceil(percent * 120 / 100)  # (B, H, W)
         parts = first.long()[:, None].expand_as(x)

@@ -103,6 +103,18 @@ def test_batches_change_nothing() -> None:
         assert values == pytest.approx(parts.values[name], abs=1e-5), name
 
 
+def test_each_fill_has_numbers_of_its_own() -> None:
+    together = explained(Foreign(), fills=FILLS)
+    for fill in FILLS:
+        alone = explained(Foreign(), fills=(fill,)).values
+        own = [name for name in alone if f"_{fill}_" in name]
+        assert len(own) == 6
+        for name in own:
+            np.testing.assert_allclose(together.values[name], alone[name], atol=1e-6)
+    blur, zero = (together.values[f"deletion_auc_{fill}_lower"] for fill in ("blur", "zero"))
+    assert abs(blur - zero).max() > 1e-3
+
+
 def test_images_do_not_depend_on_the_algorithm() -> None:
     one, other = Foreign(), Foreign()
     other.classifier.weight.data *= -1

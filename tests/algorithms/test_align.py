@@ -81,6 +81,18 @@ def test_the_maskers_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss.item() == pytest.approx(distance + 0.5 * area + 0.25 * variation)
 
 
+@pytest.mark.parametrize(("how", "shown", "hidden"), [("mean", 2.5, 1.5), ("zero", 2.25, 0.75)])
+def test_what_hidden_pixels_show(monkeypatch: pytest.MonkeyPatch, how: str, shown: float, hidden: float) -> None:
+    region = torch.zeros(1, 2, 2)
+    region[0, 0, 0] = 1.0
+    model = with_classifier(build(mask_fill=how), ByBrightness(region))
+    model.mean_colour = torch.tensor([1.0])
+    monkeypatch.setattr(model, "mask", lambda x: torch.tensor([[[0.75, 0.25], [0.25, 0.25]]]))
+    _, values = model.masker_loss(torch.full((1, 1, 2, 2), 3.0), torch.tensor([0]))
+    difference = 1 / (1 + math.exp(-shown)) - 1 / (1 + math.exp(-hidden))
+    assert values["mask_distance"] == pytest.approx((difference - 1) ** 2)
+
+
 def test_total_variation_by_loops() -> None:
     masks = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
     down = [abs(m[i + 1, j] - m[i, j]).item() for m in masks for i in range(3) for j in range(5)]
@@ -119,6 +131,27 @@ def test_the_classifiers_loss_is_the_sum_of_its_terms() -> None:
     regulariser = values["consistency"] + 0.5 * values["sparsity"] + 0.1 * values["mixed_risk"]
     assert values["loss"] == pytest.approx(values["risk"] + 0.7 * values["alignment"] + 0.3 * regulariser, rel=1e-5)
     assert min(values.values()) > 0
+
+
+def test_the_target_is_the_soft_mask() -> None:
+    model, (x, y) = build(), (torch.cat(pair) for pair in zip(*step_data(), strict=True))
+    mask = torch.rand(6, 36, 36, generator=torch.Generator().manual_seed(3))
+    expected = align.alignment(model.normalised(model.explained(x, y)[1]), F.avg_pool2d(mask, 4))
+    assert model.update_classifier(x, y, mask)["alignment"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_masker_may_take_several_steps() -> None:
+    model = build(warmup_steps=0, masker_steps=3)
+    model.update(step_data())
+    assert model.masker_optimizer.state_dict()["state"][0]["step"] == 3
+
+
+def test_a_masker_on_features_leaves_batch_statistics_alone() -> None:
+    model = build(shape=(3, 64, 64), masker="features", **BATCH_NORM)
+    before = weights(model.network)
+    model.mask(torch.randn(4, 3, 64, 64))
+    assert equal(weights(model.network), before)
+    assert all(module.training for module in model.network.modules())
 
 
 def test_each_part_is_frozen_while_the_other_learns() -> None:
@@ -180,6 +213,12 @@ def test_the_warm_up_as_a_fraction_of_the_run() -> None:
     assert build(steps=40, warmup_frac=0.25).warmup == 10
     assert build(steps=40).warmup == 200
     assert build(steps=0, warmup_frac=0.25, warmup_steps=7).warmup == 7  # where the length of the run is not known
+
+
+def test_without_guidance_stays_without_it_in_random_draws() -> None:
+    draws = [hparams_registry.random_hparams("ALIGN_NoGuidance", "DigitsM2M", seed) for seed in range(1, 5)]
+    assert {draw["lambda_3"] for draw in draws} == {0.0}
+    assert len({draw["lambda_1"] for draw in draws}) == 4
 
 
 @pytest.mark.parametrize("without", [("ALIGN_NoGuidance", {}), ("ALIGN", {"lambda_3": 0.0})])
