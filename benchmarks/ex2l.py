@@ -62,7 +62,7 @@ GUIDED: dict[str, tuple[str, dict[str, Any]]] = {
     "RRR": ("RRR", {}),
     "RRR_Confounder": ("RRR_Confounder", {}),
     "GRADIA": ("GRADIA", {"gradia_warmup": 0}),
-    "CARE": ("CARE", {}),
+    "CARE": ("CARE", {"care_warmup": 0}),
     "ALIGN": ("ALIGN", {"warmup_steps": 0}),
     "ALIGN, masker on features": ("ALIGN", {"warmup_steps": 0, "masker": "features"}),
 }

@@ -116,7 +116,7 @@ class ExplanationPlan:
         seed: of the subset.
         method: of attribution, a name in ``METHODS`` or ``EVALUATION_METHODS`` of ``attribution``.
         fills: what stands in place of masked pixels, names in ``masking.FILLS``.
-        batch_size: images at a time, at most; changes no number.
+        batch_size: images at a time, at most; changes no number beyond rounding.
     """
 
     images: int = 512
@@ -234,14 +234,20 @@ def _image_values(
 
 
 def _localisation(heatmaps: Tensor, learned: Tensor | None, truth: Tensor | None) -> dict[str, Tensor]:
-    """What heatmaps (B, h, w) and the algorithm's own masks (B, H, W) share with the true ones, as far as known."""
+    """What heatmaps (B, h, w) and the algorithm's own masks (B, H, W) share with the true ones, as far as known.
+
+    An empty true mask stands for an image that nobody annotated: its values are NaN.
+    """
     name = explanation_metrics.name
     metrics = {} if truth is None else explanation_metrics.localisation(heatmaps, truth)
+    if truth is not None and learned is not None:
+        metrics["learned_mask_iou"] = explanation_metrics.learned_mask_iou(learned, truth)
     found = {name(metric): value for metric, value in metrics.items()}
+    if truth is not None:
+        annotated = (truth > explanation_metrics.HALF).flatten(1).any(dim=1)
+        found = {metric: torch.where(annotated, value, torch.nan) for metric, value in found.items()}
     if learned is not None:
         found["learned_mask_area"] = learned.mean(dim=(1, 2))
-        if truth is not None:
-            found[name("learned_mask_iou")] = explanation_metrics.learned_mask_iou(learned, truth)
     return found
 
 

@@ -1,5 +1,6 @@
 """Where any algorithm looks: heatmaps of its prediction, of its two networks, and the mask that it learned."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ class Explainer:
 
     def pair(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
         """Heatmaps (B, h, w) of label and confounder network for y and c (B,); None where the algorithm has no two."""
-        explain = _own(self.algorithm, "explain")
+        explain = _own(self.algorithm, "explain", 3)
         if explain is None:
             return None
         with torch.enable_grad():
@@ -69,7 +70,7 @@ class Explainer:
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The masks (B, H, W) in [0, 1] that the algorithm gives to images; None where it makes none."""
-        mask = _own(self.algorithm, "mask")
+        mask = _own(self.algorithm, "mask", 1)
         if mask is None:
             return None
         with torch.no_grad():
@@ -87,10 +88,16 @@ class _Predictor(nn.Module):
         return logits
 
 
-def _own(algorithm: Any, name: str) -> Callable[..., Any] | None:
-    """An optional method of the algorithm."""
+def _own(algorithm: Any, name: str, arguments: int) -> Callable[..., Any] | None:
+    """An optional method of the algorithm, if it takes so many arguments: an equal name may mean something else."""
     found = getattr(algorithm, name, None)
-    return found if callable(found) and not isinstance(found, nn.Module) else None
+    if not callable(found) or isinstance(found, nn.Module):
+        return None
+    try:
+        inspect.signature(found).bind(*[None] * arguments)
+    except TypeError:
+        return None
+    return found
 
 
 def map_layer(algorithm: Any) -> nn.Module:

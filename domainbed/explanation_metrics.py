@@ -194,8 +194,9 @@ def insertion_auc(shown: Shown) -> Tensor:
 
     In [0, 1], by trapezoids.
 
-    Source: Petsiuk et al. 2018, RISE, https://arxiv.org/abs/1806.07421; blur and 28 steps as in Li et al. 2023, DRE,
+    Source: Petsiuk et al. 2018, RISE, https://arxiv.org/abs/1806.07421; blur and 28 steps after Li et al. 2023, DRE,
     https://arxiv.org/abs/2303.16390.
+    Differs: DRE orders pixels by the heatmap of the true class, here it is that of the class whose p is shown.
     """
     return _area(shown, shown.first)
 

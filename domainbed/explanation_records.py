@@ -56,6 +56,7 @@ class Settings:
         method: of attribution.
         n: number of images asked for.
         seed: of their choice.
+        mask_dir: where true masks were taken from, if not from where the run had them.
     """
 
     model: str
@@ -63,10 +64,11 @@ class Settings:
     method: str
     n: int
     seed: int
+    mask_dir: str = ""
 
     @classmethod
-    def of(cls, plan: "ExplanationPlan", model: str, step: int) -> "Settings":
-        return cls(model, step, plan.method, plan.images, plan.seed)
+    def of(cls, plan: "ExplanationPlan", model: str, step: int, mask_dir: str = "") -> "Settings":
+        return cls(model, step, plan.method, plan.images, plan.seed, mask_dir)
 
 
 def line(

@@ -139,8 +139,8 @@ def explanation_tables(records: Iterable[Record], lines: Iterable[Record], latex
     return document(text, "Explanations", f"Total explanations: {len(lines)}") if latex and text else text
 
 
-def _sortable(settings: Settings) -> tuple[str, str, int, int]:
-    return settings.model, settings.method, settings.n, settings.seed
+def _sortable(settings: Settings) -> tuple[str, str, int, int, str]:
+    return settings.model, settings.method, settings.n, settings.seed, settings.mask_dir
 
 
 def _explained(line: Record, record: Record | None) -> Explained | None:
@@ -196,6 +196,7 @@ def _tables(title: str, settings: Settings, found: Sequence[Explained], names: M
     most = max(map(len, trials.values()))
     model = settings.model or "the last model"
     title += f": explanations by {settings.method}, {settings.n} images (seed {settings.seed}), {model}"
+    title += f", masks of {settings.mask_dir}" if settings.mask_dir else ""
     notes = [percent_note(most), NUMBERS_NOTE, CHOICE_NOTE, *budget_notes(one.run.row for one in found)]
     text = ""
     for kind, extra in (("means", []), ("worst", [WORST_NOTE])):

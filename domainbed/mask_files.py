@@ -13,7 +13,6 @@ from domainbed.images import Images
 from domainbed.messages import listed
 
 SUFFIX = ".png"
-LOOKED_AT = 50  # masks of a folder whose levels are looked at
 BRIGHT = 128  # a level that masks reach on what should matter
 
 
@@ -79,14 +78,18 @@ def _check_files(masks: Images) -> None:
         masks.check()
     except ValueError as error:
         raise ValueError(f"--mask_dir {masks.root}: {error}") from error
-    some = np.unique(np.linspace(0, len(masks) - 1, LOOKED_AT).astype(int)) if len(masks) else ()
-    _check_levels(masks.root, max((np.asarray(masks.open(int(k)).convert("L")).max() for k in some), default=255))
+    brightest = 0
+    for k in np.random.default_rng(0).permutation(len(masks)):  # most often the first one will do
+        brightest = max(brightest, int(np.asarray(masks.open(int(k)).convert("L")).max()))
+        if brightest >= BRIGHT:
+            return
+    _check_levels(masks.root, brightest)
 
 
-def _check_levels(where: Path, brightest: int) -> None:
+def _check_levels(folder: Path, brightest: int) -> None:
     if brightest < BRIGHT:
         raise ValueError(
-            f"--mask_dir: {where}: no pixel of the masks is brighter than {brightest} of 255; what should matter is "
+            f"--mask_dir {folder}: no pixel of the masks is brighter than {brightest} of 255; what should matter is "
             "white (255, or True in an array of bool): scale them, or mend those that are empty"
         )
 
@@ -102,6 +105,8 @@ def _use_arrays(dataset: MultipleDomainDataset, environments: Sequence[int], fol
     if problems:
         head = f"--mask_dir {folder}: the masks of {len(problems)} of {len(environments)} environments can't be used:"
         raise ValueError(listed(head, problems))
+    if arrays:
+        _check_levels(folder, max(map(_brightest, arrays.values())))
     for e, array in arrays.items():
         dataset[e].masks = array
 
@@ -117,5 +122,10 @@ def _read_array(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
         raise ValueError(f"holds an array {array.shape}; the environment's masks are {shape}")
     if array.dtype not in (np.uint8, np.bool_):
         raise ValueError(f"holds {array.dtype}; store masks as uint8 (255: should matter) or bool")
-    _check_levels(path, int(array.max(initial=0)) * (255 if array.dtype == bool else 1))
+    if 0 < _brightest(array) < BRIGHT:  # an empty array may stand for masks that nobody made
+        raise ValueError(f"no pixel is brighter than {_brightest(array)} of 255, which is what should matter; scale it")
     return array
+
+
+def _brightest(array: NDArray[Any]) -> int:
+    return int(array.max(initial=0)) * (255 if array.dtype == bool else 1)

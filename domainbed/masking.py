@@ -27,7 +27,9 @@ def fill(x: Tensor, how: str, mean: Tensor) -> Tensor:
     Raises:
         ValueError: no such fill.
 
-    Source: the blur of DRE's insertion curves, Li et al. 2023, https://arxiv.org/abs/2303.16390.
+    Source: size and deviation of the blur as for DRE's insertion curves, Li et al. 2023,
+    https://arxiv.org/abs/2303.16390.
+    Differs: the image goes on mirrored beyond its border, not black.
     """
     if how == "zero":
         return torch.zeros_like(x[:1])

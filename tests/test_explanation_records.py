@@ -26,7 +26,8 @@ def test_keys_by_hand() -> None:
     assert line(ARGS, SETTINGS, PLAN.fills, {(1, "in"): measured()}, num_groups=4) == {
         "args": ARGS,
         "explained": {
-            "model": "model.pkl", "step": 300, "method": "grad_cam", "n": 4, "seed": 0, "fills": ["blur"],
+            "model": "model.pkl", "step": 300, "method": "grad_cam", "n": 4, "seed": 0, "mask_dir": "",
+            "fills": ["blur"],
         },
         "env1_in_explained": 4, "env1_in_images": 8,
         "env1_in_dead_maps_lower": 0.375 + 0.25, "env1_in_map_overlap_lower": 0.5,

@@ -203,6 +203,36 @@ def test_a_learned_mask() -> None:
     assert "learned_mask_iou_higher" not in alone
 
 
+def test_an_image_whose_true_mask_is_empty_counts_as_not_annotated() -> None:
+    some = split()
+    emptied = some.keys[::2]
+    some.environment.masks = some.environment.masks.copy()
+    some.environment.masks[emptied] = 0
+    found, whole = explained(Masked(), some), explained(Masked()).values
+    empty = np.isin(found.subset.keys, emptied)
+    assert 0 < empty.sum() < len(empty)
+    for name in ("energy_in_mask_higher", "mask_iou_higher", "pointing_game_higher", "learned_mask_iou_higher"):
+        assert np.isnan(found.values[name][empty]).all()
+        np.testing.assert_array_equal(found.values[name][~empty], whole[name][~empty])
+    assert not np.isnan(found.values["learned_mask_area"]).any()
+
+
+class Homonyms(Foreign):
+    """Has methods that mean something else."""
+
+    def explain(self, foo: str) -> str:
+        return foo
+
+    def mask(self) -> None:
+        pass
+
+
+def test_methods_that_only_share_a_name_are_not_asked() -> None:
+    expected = explained(Foreign()).values
+    found = explained(Homonyms()).values
+    assert found.keys() == expected.keys()
+
+
 @pytest.mark.parametrize("shared", ["", "classifier"])
 def test_the_overlap_of_two_networks(shared: str) -> None:
     """Against the mean that training watches, whose images with a dead map are left out, too."""

@@ -158,8 +158,7 @@ def test_arrays_take_the_place_of_a_datasets_own_masks(tmp_path: Path) -> None:
         (b"nothing", "env1.npy: "),
         (np.ones((4, 3, 2), bool), r"env1.npy: holds an array \(4, 3, 2\); the environment's masks are \(4, 2, 3\)"),
         (np.ones((4, 2, 3), np.float32), "env1.npy: holds float32; store masks as uint8 .* or bool"),
-        (np.ones((4, 2, 3), np.uint8), "env1.npy.*: no pixel of the masks is brighter than 1 of 255"),
-        (np.zeros((4, 2, 3), bool), "env1.npy.*: no pixel of the masks is brighter than 0 of 255"),
+        (np.ones((4, 2, 3), np.uint8), "env1.npy: no pixel is brighter than 1 of 255"),
     ],
 )
 def test_arrays_that_are_no_masks(tmp_path: Path, array: np.ndarray | bytes | None, message: str) -> None:
@@ -170,4 +169,20 @@ def test_arrays_that_are_no_masks(tmp_path: Path, array: np.ndarray | bytes | No
     elif array is not None:
         np.save(tmp_path / "env1.npy", array)
     with pytest.raises(ValueError, match=rf"the masks of 1 of 3 environments can't be used:\n  {message}"):
+        mask_files.use(Arrays(), tmp_path)
+
+
+def test_few_masks_will_do_but_not_none(tmp_path: Path, dataset: Photographs, folder: Path) -> None:
+    some = sorted(folder.rglob("*.png"))
+    for path in some[1:]:
+        save(path, np.zeros((8, 12), np.uint8))
+    mask_files.use(dataset, folder)
+    save(some[0], np.zeros((8, 12), np.uint8))
+    with pytest.raises(ValueError, match="no pixel of the masks is brighter than 0 of 255"):
+        mask_files.use(dataset, folder)
+    for e, n in enumerate((4, 4, 6)):
+        np.save(tmp_path / f"env{e}.npy", np.full((n, 2, 3), e == 1))
+    mask_files.use(Arrays(), tmp_path)
+    np.save(tmp_path / "env1.npy", np.zeros((4, 2, 3), bool))
+    with pytest.raises(ValueError, match="no pixel of the masks is brighter than 0 of 255"):
         mask_files.use(Arrays(), tmp_path)

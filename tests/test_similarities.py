@@ -70,6 +70,7 @@ SCALES: dict[str, Callable[[Array], Array]] = {
     "max": lambda a: a / np.abs(a).max(),
     "max_live": lambda a: a / np.abs(a).max(),
     "minmax": lambda a: (a - a.min()) / np.ptp(a),
+    "minmax_live": lambda a: (a - a.min()) / np.ptp(a),
     "l1": lambda a: a / a.sum(),
     "none": lambda a: a,
 }
@@ -391,7 +392,8 @@ def test_ncc_ignores_an_offset() -> None:
 
 # Weighted sums have gradients by hand: with w the weights and h the maps, "max" gives w / max h, "minmax"
 # w / (max h - min h), "l1" w / S - sum(w h) / S^2 with S the sum, "max_live" that of "max" less sum(w h) / (max h)^2 at
-# the largest pixel. Here w h sums to 1*4 + 2*1 + 3*3 + 4*.5 = 17.
+# the largest pixel, "minmax_live" that of "minmax" less s at the largest pixel, less sum(w) / (max h - min h) - s at
+# the smallest, with s = sum(w (h - min h)) / (max h - min h)^2. Here w h sums to 1*4 + 2*1 + 3*3 + 4*.5 = 17.
 @pytest.mark.parametrize(
     ("how", "values", "gradient"),
     [
@@ -399,6 +401,11 @@ def test_ncc_ignores_an_offset() -> None:
         ("max", [1, 0.25, 0.75, 0.125], [1 / 4, 2 / 4, 3 / 4, 4 / 4]),
         ("max_live", [1, 0.25, 0.75, 0.125], [1 / 4 - 17 / 16, 2 / 4, 3 / 4, 4 / 4]),
         ("minmax", [1, 0.5 / 3.5, 2.5 / 3.5, 0], [1 / 3.5, 2 / 3.5, 3 / 3.5, 4 / 3.5]),
+        (
+            "minmax_live",
+            [1, 0.5 / 3.5, 2.5 / 3.5, 0],
+            [1 / 3.5 - 12 / 3.5**2, 2 / 3.5, 3 / 3.5, 4 / 3.5 - 10 / 3.5 + 12 / 3.5**2],
+        ),
         ("l1", [4 / 8.5, 1 / 8.5, 3 / 8.5, 0.5 / 8.5], [w / 8.5 - 17 / 8.5**2 for w in (1, 2, 3, 4)]),
     ],
 )
@@ -414,7 +421,7 @@ def test_normalisations_and_their_gradients(how: str, values: list[float], gradi
 def test_zero_maps_stay_zero_and_constant_maps_finite(how: str) -> None:
     assert normalise(torch.zeros(2, 3, 3), how).abs().max() == 0
     constant = normalise(torch.full((1, 3, 3), 5.0), how)
-    expected = {"max": 1, "max_live": 1, "minmax": 0, "l1": 1 / 9, "none": 5}[how]
+    expected = {"max": 1, "max_live": 1, "minmax": 0, "minmax_live": 0, "l1": 1 / 9, "none": 5}[how]
     torch.testing.assert_close(constant, torch.full((1, 3, 3), float(expected)))
 
 
@@ -445,7 +452,7 @@ def test_docs_state_formula_range_and_equation(name: str) -> None:
 
 
 def test_errors_say_what_came() -> None:
-    with pytest.raises(ValueError, match=r"'min_max'.*max, max_live, minmax, l1, none"):
+    with pytest.raises(ValueError, match=r"'min_max'.*max, max_live, minmax, minmax_live, l1, none"):
         normalise(torch.ones(1, 2, 2), "min_max")
     with pytest.raises(ValueError, match=r"\(2, 7, 7\) and \(2, 6, 7\)"):
         REGISTRY["mae"](torch.ones(2, 7, 7), torch.ones(2, 6, 7))

@@ -86,3 +86,9 @@ def test_without_a_confounder_uniformly() -> None:
 def test_no_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="0 images to explain: give 1 or more"):
         choose(split({0: 5}), 0, 0, V)
+
+
+def test_an_images_draw_is_its_own_whatever_else_is_in_the_split() -> None:
+    whole = split({0: 40, 1: 40})
+    part = Split(whole.env, whole.kind, whole.environment, whole.keys[::2], whole.number)
+    assert set(choose(whole, 40, 3, V).keys) & set(part.keys) <= set(choose(part, 40, 3, V).keys)

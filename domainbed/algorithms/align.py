@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from domainbed.algorithms.base import Minibatches, Task, concatenate, make_optimizer, masks, register
 from domainbed.algorithms.dre import DRE
-from domainbed.algorithms.explained import check_not_negative, map_layer
+from domainbed.algorithms.explained import check_not_negative, map_layer, report_warmup
 from domainbed.feature_maps import capture, evaluating
 from domainbed.maskers import ConvMasker, MapMasker, total_variation
 from domainbed.masking import FILLS, at_size, fill, keep
@@ -73,12 +73,17 @@ class MaskGuided(DRE):
     ):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         check_not_negative(hparams, "lambda_3", "lambda_4", "warmup_steps", "warmup_frac")
-        self.warmup = round(hparams["warmup_frac"] * steps) or hparams["warmup_steps"]
+        if hparams["warmup_frac"] > 1:
+            raise ValueError(f"warmup_frac {hparams['warmup_frac']}: give a fraction of the run, from 0 to 1")
+        fraction = hparams["warmup_frac"] if steps else 0
+        self.warmup = round(fraction * steps) if fraction else hparams["warmup_steps"]
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def from_task(cls, task: Task, hparams: dict[str, Any]) -> "MaskGuided":
-        return cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.steps)
+        found = cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.steps)
+        report_warmup(cls.__name__, found.warmup, task.steps)
+        return found
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
@@ -125,7 +130,8 @@ class ALIGN(MaskGuided):
     probability of the label, TV the total variation, and what a mask hides shows a fill.
     Classifier: ``CE(f(x), y) + lambda_3 BCE(H, M) + lambda_4 R``, M fixed, as in ``MaskGuided``. First the classifier
     is trained alone, then each update takes a step of the masker and one of the classifier. Only f predicts, on the
-    whole image. Without lambda_3 the classifier is DRE's, as in the paper's ablation.
+    whole image. Without lambda_3 the classifier is DRE's, as in the paper's ablation (but for its random draws,
+    which the masker's first weights shift).
 
     Source: Hong, Chen, Chen, Lin, Chen and Liao 2025, From Attribution to Action: Jointly ALIGNing Predictions and
         Explanations, https://arxiv.org/abs/2511.06944.
@@ -157,7 +163,7 @@ class ALIGN(MaskGuided):
 
     def __init__(self, *task: Any, **options: Any):
         super().__init__(*task, **options)
-        check_not_negative(self.hparams, "lambda_1", "lambda_2")
+        check_not_negative(self.hparams, "lambda_1", "lambda_2", "masker_lr")
         if self.hparams["masker_steps"] < 1:
             raise ValueError(f"masker_steps {self.hparams['masker_steps']}: must be at least 1")
         input_shape, start = task[0] if task else options["input_shape"], self.hparams["mask_start"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import Minibatches, concatenate, register
-from domainbed.algorithms.explained import ExplainedERM, check_not_negative
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative, check_scale
 
 
 def partners(y: Tensor) -> Tensor:
@@ -33,10 +33,11 @@ class DRE(ExplainedERM):
 
     Source: Li, Qiao, Ma and Peng 2023, Are Data-driven Explanations Robust against Out-of-distribution Data?,
         https://arxiv.org/abs/2303.16390, with the weights of its published training script.
-    Differs: partners are drawn among all images of a step, not within an environment; terms are means over images,
-        where the script sums the classes' means and divides by the number of classes (the same for balanced classes).
-        The sparsity is the mean of the map, the paper's l1 norm; the script takes the mean of the columns' maxima. A
-        constant map is 0 after N, where the script divides 0 by 0. Learning rate, schedule and steps are DomainBed's.
+    Differs: terms are means over images, where the script sums the classes' means and divides by the number of classes
+        (the same for balanced classes). The sparsity is the mean of the map, the paper's l1 norm, of the image as it
+        is; the script takes the mean of the columns' maxima, half of it of the mixture. A constant map is 0 after N,
+        where the script divides 0 by 0. The script freezes batch norm (here ``freeze_bn``). Learning rate, schedule and
+        steps are DomainBed's.
 
     Hparams:
         dre_consistency, dre_sparsity, dre_mixed: the weights a, b, c (ranges: ours).
@@ -57,6 +58,7 @@ class DRE(ExplainedERM):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        check_scale(hparams)
         check_not_negative(hparams, "dre_consistency", "dre_sparsity", "dre_mixed")
         if not hparams["dre_alpha"] > 0:
             raise ValueError(f"dre_alpha {hparams['dre_alpha']}: must be above 0")

@@ -1,5 +1,6 @@
 """Classifiers whose heatmaps can be a part of their loss."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,8 @@ from domainbed.algorithms.base import HparamsEntry
 from domainbed.algorithms.erm import ERM
 from domainbed.attribution import METHODS, POLICIES, explain
 from domainbed.feature_maps import check_maps, has_linear_head
+
+logger = logging.getLogger(__name__)
 
 MAP_HPARAMS: Mapping[str, HparamsEntry] = {  # of whatever trains by heatmaps
     "map_gradient": ("constant", lambda r: "constant"),
@@ -31,6 +34,22 @@ def check_not_negative(hparams: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not hparams[name] >= 0:
             raise ValueError(f"{name} {hparams[name]}: must not be negative")
+
+
+def report_warmup(name: str, warmup: int, steps: int) -> None:
+    """Warns if a run of so many updates (0: not known) never leaves its warm-up."""
+    if 0 < steps <= warmup:
+        logger.warning("%s: the warm-up of %d updates outlasts the run of %d; no mask is followed", name, warmup, steps)
+
+
+def check_scale(hparams: Mapping[str, Any]) -> None:
+    """Raises ValueError if heatmaps so normalised need not lie in [0, 1], as those that stand beside masks must."""
+    how, relu = hparams["map_normalisation"], hparams["map_relu"]
+    if how == "none" or not (how.startswith("minmax") or relu):
+        raise ValueError(
+            f"map_normalisation {how} with map_relu {str(relu).lower()}: heatmaps must lie in [0, 1] here; take minmax "
+            "or minmax_live, or set map_relu to true and take max, max_live or l1"
+        )
 
 
 def require_maps(featurizer: Any, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> None:

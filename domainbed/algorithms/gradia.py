@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed.algorithms.base import Minibatches, concatenate, masks, register
-from domainbed.algorithms.explained import ExplainedERM, check_not_negative
+from domainbed.algorithms.base import Algorithm, Minibatches, Task, concatenate, masks, register
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative, check_scale, report_warmup
 from domainbed.lib.misc import predicted_labels
 from domainbed.masking import at_size
 from domainbed.similarities import EPS
@@ -51,8 +51,14 @@ class GivenMasksERM(ExplainedERM):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        check_scale(hparams)
         check_not_negative(hparams, f"{self.PREFIX}_lambda", f"{self.PREFIX}_warmup")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_task(cls, task: Task, hparams: dict[str, Any]) -> Algorithm:
+        report_warmup(cls.__name__, hparams[f"{cls.PREFIX}_warmup"], task.steps)
+        return super().from_task(task, hparams)
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)

@@ -73,7 +73,7 @@ class RRR(ERM):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
         x, weight = x.detach().requires_grad_(), self.hparams["rrr_lambda"]
-        with differentiable("full"):
+        with differentiable("full" if weight else "constant"):
             logits = self.predict(x)
         nll = F.cross_entropy(logits, y)
         penalty = input_gradient_penalty(logits, x, 1 - masks(minibatches), trained=weight > 0)
@@ -122,7 +122,7 @@ class RRR_Confounder(TwoNetworks):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
         x, c, weight = x.detach().requires_grad_(), confounders(minibatches), self.hparams["rrr_lambda"]
-        with differentiable("full"):
+        with differentiable("full" if weight else "none"):
             (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
         forbidden = self.forbidden(confounder_maps, x.shape[2:])
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)

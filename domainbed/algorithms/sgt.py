@@ -9,9 +9,10 @@ from torch import Tensor
 
 from domainbed.algorithms.base import Minibatches, concatenate, register
 from domainbed.algorithms.erm import ERM
+from domainbed.algorithms.explained import check_choices, check_not_negative
 from domainbed.feature_maps import evaluating, target_logit
 
-FILLS = ("uniform", "mean")
+REPLACEMENTS = ("uniform", "mean")
 
 
 @register
@@ -54,10 +55,8 @@ class SGT(ERM):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         if not 0 < hparams["sgt_k"] < 1:
             raise ValueError(f"sgt_k {hparams['sgt_k']}: the fraction of pixels to replace must be above 0 and below 1")
-        if not hparams["sgt_lambda"] >= 0:
-            raise ValueError(f"sgt_lambda {hparams['sgt_lambda']}: must not be negative; 0 is plain ERM")
-        if hparams["sgt_fill"] not in FILLS:
-            raise ValueError(f"sgt_fill {hparams['sgt_fill']!r} is unknown; take one of {', '.join(FILLS)}")
+        check_not_negative(hparams, "sgt_lambda")
+        check_choices(hparams, {"sgt_fill": REPLACEMENTS})
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         if self.hparams["sgt_lambda"] == 0:

@@ -22,6 +22,13 @@ def risk(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
+def _check_one_logit(num_classes: int, num_confounders: int) -> None:
+    if 2 not in (num_classes, num_confounders):
+        raise ValueError(
+            f"one_logit is for two classes or two confounder values; there are {num_classes} and {num_confounders}"
+        )
+
+
 class TwoNetworks(Algorithm):
     """A label network f and a confounder network g that can say where they look; what trains them is the subclass's.
 
@@ -71,7 +78,9 @@ class TwoNetworks(Algorithm):
                 f"{type(self).__name__} needs at least 2 confounder values, got num_confounders={num_confounders}; "
                 "take a dataset with confounder labels and build with from_task, which passes their number on"
             )
-        self._check_hparams(num_classes, num_confounders)
+        check_choices(hparams, self.CHOICES)
+        if hparams["one_logit"]:
+            _check_one_logit(num_classes, num_confounders)
         self.featurizer = self._featurizer(input_shape)
         self.classifier = self._classifier(num_classes)
         self.network = nn.Sequential(self.featurizer, self.classifier)
@@ -86,13 +95,6 @@ class TwoNetworks(Algorithm):
     @classmethod
     def from_task(cls, task: Task, hparams: dict[str, Any]) -> "TwoNetworks":
         return cls(task.input_shape, task.num_classes, task.num_domains, hparams, task.num_confounders)
-
-    def _check_hparams(self, num_classes: int, num_confounders: int) -> None:
-        check_choices(self.hparams, self.CHOICES)
-        if self.hparams["one_logit"] and 2 not in (num_classes, num_confounders):
-            raise ValueError(
-                f"one_logit is for two classes or two confounder values; there are {num_classes} and {num_confounders}"
-            )
 
     def _featurizer(self, input_shape: Sequence[int]) -> Any:
         featurizer = networks.Featurizer(input_shape, self.hparams)

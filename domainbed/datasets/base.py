@@ -175,7 +175,8 @@ class InMemoryEnvironment(TensorDataset):
 
     def __init__(self, x: Tensor, y: Tensor, c: Tensor, units: Tensor | None = None, masks: Tensor | None = None):
         super().__init__(x, y.long())
-        assert masks is None or masks.shape == (len(x), *x.shape[2:])
+        if masks is not None and masks.shape != (len(x), *x.shape[2:]):
+            raise ValueError(f"masks {tuple(masks.shape)} do not fit images {tuple(x.shape)}; give (N, H, W)")
         self.masks: NDArray[Any] | None = None if masks is None else masks.numpy()
         self.y: Integers = y.long().numpy()
         self.c: Integers = c.long().numpy()

@@ -108,6 +108,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--per_image writes what was measured, and --n 0 measures nothing; give --n 1 or more")
     if args.picture:
         figures.figure_class()  # now, not when everything has been measured
+    for flag in ("picture", "per_image"):
+        if (path := getattr(args, flag)) and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"--{flag} {path}: there is no folder {Path(path).parent}")
     if args.images < 1:
         raise ValueError(f"--images {args.images}: give 1 or more")
     if not 1 <= args.batch_size <= EVALUATION_BATCH:
@@ -167,7 +170,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         for split in subject.splits
     }
-    settings = explanation_records.Settings.of(plan, subject.file.name, subject.step)
+    settings = explanation_records.Settings.of(plan, subject.file.name, subject.step, args.mask_dir or "")
     num_groups = dataset.num_classes * num_confounders
     line = explanation_records.line(subject.args, settings, plan.fills, measured, num_groups)
     with bad_input():

@@ -54,6 +54,11 @@ def _add_own_flags(p: argparse.ArgumentParser) -> None:
         "trained on / images that a step draws in all) steps (the epoch in the records is DomainBed's, counted by the "
         "smallest in-split)",
     )
+    _add_choices(p)
+
+
+def _add_choices(p: argparse.ArgumentParser) -> None:
+    """The flags of ours that leave the length of a run and its draws alone."""
     p.add_argument("--partition", help="which examples share a minibatch; default: the algorithm's own")
     p.add_argument("--label", help="name of the row in tables")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")

@@ -209,9 +209,20 @@ def test_the_warm_up_trains_the_classifier_alone_as_dre_does() -> None:
     assert {"alignment", "mask_distance", "mask_area"} <= model.update(step_data()).keys()
 
 
+@pytest.mark.parametrize("name", ["ALIGN", "ALIGN_GrayMask", "GRADIA", "CARE"])
+def test_a_run_that_ends_in_its_warm_up_is_warned_of(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    build(name, steps=201)
+    assert not caplog.records
+    build(name, steps=200)
+    assert f"{name}: the warm-up of 200 updates outlasts the run of 200" in caplog.text
+
+
 def test_the_warm_up_as_a_fraction_of_the_run() -> None:
     assert build(steps=40, warmup_frac=0.25).warmup == 10
     assert build(steps=40).warmup == 200
+    assert build(steps=40, warmup_frac=0.01).warmup == 0
+    with pytest.raises(ValueError, match=r"warmup_frac 1\.5: give a fraction"):
+        build(warmup_frac=1.5)
     assert build(steps=0, warmup_frac=0.25, warmup_steps=7).warmup == 7  # where the length of the run is not known
 
 
@@ -335,6 +346,36 @@ def test_readings_that_do_not_exist_are_named(wrong: dict[str, str]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} '{value}' is unknown; take one of"):
         build(**wrong)
+
+
+def test_a_saved_model_goes_on_where_it_was() -> None:
+    trained, fresh = build(warmup_steps=3), build(warmup_steps=3)
+    for step in range(2):
+        trained.update(step_data(step))
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.update_count == 2
+    assert fresh.mean_colour.abs().max() > 0
+    for optimizer in ("optimizer", "masker_optimizer"):
+        getattr(fresh, optimizer).load_state_dict(copy.deepcopy(getattr(trained, optimizer).state_dict()))
+    for step in range(2, 5):
+        for model in (trained, fresh):
+            torch.manual_seed(step)
+            values = model.update(step_data(step))
+    assert "mask_area" in values
+    assert equal(weights(trained), weights(fresh))
+
+
+@pytest.mark.parametrize("name", ["ALIGN", "ALIGN_GivenMask", "DRE", "GRADIA", "CARE"])
+@pytest.mark.parametrize(("how", "relu"), [("max", False), ("none", True), ("l1", False), ("max_live", False)])
+def test_heatmaps_beyond_the_scale_of_a_mask_are_refused(name: str, how: str, relu: bool) -> None:
+    with pytest.raises(ValueError, match=f"map_normalisation {how} with map_relu {str(relu).lower()}: heatmaps must"):
+        build(name, map_normalisation=how, map_relu=relu)
+
+
+@pytest.mark.parametrize(("how", "relu"), [("minmax", False), ("minmax_live", True), ("max", True), ("l1", True)])
+def test_every_other_scale_trains(how: str, relu: bool) -> None:
+    model = build(warmup_steps=0, map_normalisation=how, map_relu=relu)
+    assert all(math.isfinite(value) for value in model.update(step_data()).values())
 
 
 def test_it_can_be_had_from_the_file_that_readers_come_for() -> None:

@@ -90,17 +90,17 @@ def test_the_loss_of_two_by_two_maps_by_hand() -> None:
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
     comparable = torch.tensor([True, True, False])
     logits, y = torch.zeros(3, K), torch.zeros(3, dtype=torch.int64)
-    risk, attention, values = build(care_tau=0.5, map_normalisation="none").guide(logits, y, maps, mask, comparable)
+    risk, attention, values = build(care_tau=0.5, map_normalisation="minmax").guide(logits, y, maps, mask, comparable)
     assert risk.item() == pytest.approx(np.log(3), rel=1e-6)
     assert attention.item() == pytest.approx(((0.125 - 0.5) + (0.5 - 0.25)) / 2)
     assert values == {"map_inside": 0.5, "map_outside": 0.3125}
 
 
 def test_a_mean_inside_that_is_enough_is_not_pushed_further() -> None:
-    maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]], requires_grad=True)
+    maps = torch.tensor([[[1.0, 0.8], [0.1, 0.0]]], requires_grad=True)
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
     logits, y = torch.zeros(1, K), torch.zeros(1, dtype=torch.int64)
-    _, attention, _ = build(care_tau=0.5, map_normalisation="none").guide(logits, y, maps, mask, torch.tensor([True]))
+    _, attention, _ = build(care_tau=0.5, map_normalisation="minmax").guide(logits, y, maps, mask, torch.tensor([True]))
     (gradient,) = torch.autograd.grad(attention, maps)
     assert gradient.tolist() == [[[0.0, 0.0], [0.5, 0.5]]]
 

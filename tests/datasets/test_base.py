@@ -309,7 +309,7 @@ def test_masks_are_known_only_if_all_are() -> None:
 
 def test_masks_that_do_not_fit_their_images() -> None:
     x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"masks \(3, 2, 1\) do not fit images \(3, 1, 2, 2\)"):
         InMemoryEnvironment(x, y, y, masks=torch.zeros(3, 2, 1, dtype=torch.uint8))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from domainbed import algorithms, explanation_records
 from domainbed.algorithms import ERM
+from domainbed.datasets import get_dataset_class
 from domainbed.jobs import EXTRAS, Job
 from domainbed.rows import Row
 from domainbed.scripts import BadInput, collect_results, explain, sweep, train
@@ -75,6 +76,19 @@ def test_the_script_repeats_the_end_of_the_training(runs: dict[str, Path], name:
     for metrics in (explanation_records.metrics(again, 0, "in"), *groups.values()):
         assert expected <= metrics.keys()
     assert [again[f"env0_in_g{g}_explained"] for g in groups] == [8] * 4
+
+
+def test_other_masks_have_a_line_and_a_table_of_their_own(runs: dict[str, Path], tmp_path: Path) -> None:
+    directory = runs["ERM"]
+    dataset = get_dataset_class("DigitsO2O")(None, [0], {})
+    (tmp_path / "masks").mkdir()
+    for e, environment in enumerate(dataset):
+        np.save(tmp_path / "masks" / f"env{e}.npy", 255 - environment.masks)
+    own = explained(directory)
+    assert explain.main(["--model", str(directory), "--n", "32", "--mask_dir", str(tmp_path / "masks")]) == 0
+    _, others = lines(directory)
+    assert own["env0_in_energy_in_mask_higher"] + others["env0_in_energy_in_mask_higher"] == pytest.approx(1, abs=0.02)
+    assert [line["explained"]["mask_dir"] for line in lines(directory)] == ["", str(tmp_path / "masks")]
 
 
 def test_the_step_is_that_of_the_model(runs: dict[str, Path]) -> None:
