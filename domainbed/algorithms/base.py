@@ -178,13 +178,12 @@ def confounders(minibatches: Minibatches) -> Tensor:
     Raises:
         ValueError: a minibatch carries none.
     """
-    labels: list[Any] = [getattr(minibatch, "c", None) for minibatch in minibatches]
-    if any(c is None for c in labels):
-        raise ValueError(
-            "minibatches (x, y) came without confounder labels; draw them with the package's own loaders, "
-            "whose minibatches carry `.c`"
-        )
-    return torch.cat(labels)
+    return _carried(
+        minibatches,
+        "c",
+        "minibatches (x, y) came without confounder labels; draw them with the package's own loaders, "
+        "whose minibatches carry `.c`",
+    )
 
 
 def masks(minibatches: Minibatches) -> Tensor:
@@ -193,10 +192,17 @@ def masks(minibatches: Minibatches) -> Tensor:
     Raises:
         ValueError: a minibatch carries none.
     """
-    known: list[Any] = [getattr(minibatch, "m", None) for minibatch in minibatches]
-    if any(m is None for m in known):
-        raise ValueError(
-            "minibatches came without masks; set NEEDS_MASKS = True in the algorithm's class and train on a dataset "
-            "that has masks or with --mask_dir, or draw them by TrainingLoader(..., with_masks=True): they carry `.m`"
-        )
+    return _carried(
+        minibatches,
+        "m",
+        "minibatches came without masks; set NEEDS_MASKS = True in the algorithm's class and train on a dataset "
+        "that has masks or with --mask_dir, or draw them by TrainingLoader(..., with_masks=True): they carry `.m`",
+    )
+
+
+def _carried(minibatches: Minibatches, name: str, missing: str) -> Tensor:
+    """What minibatches carry by that name, joined; a ValueError that says what is missing if one carries none."""
+    known: list[Any] = [getattr(minibatch, name, None) for minibatch in minibatches]
+    if any(values is None for values in known):
+        raise ValueError(missing)
     return torch.cat(known)
