@@ -47,8 +47,6 @@ class CARE(GivenMasksERM):
         "care_lambda": (1.0, lambda r: 10 ** r.uniform(-1, 1)),
         "care_tau": (0.5, lambda r: r.uniform(0.3, 0.9)),
         "care_warmup": (200, lambda r: int(10 ** r.uniform(1.5, 3))),
-        "map_relu": (False, lambda r: False),
-        "map_normalisation": ("minmax_live", lambda r: "minmax_live"),
     }
     CONTROL = {"care_lambda": 0.0}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import Minibatches, concatenate, register
-from domainbed.algorithms.explained import ExplainedERM, check_not_negative, check_scale
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative
 
 
 def partners(y: Tensor) -> Tensor:
@@ -51,14 +51,11 @@ class DRE(ExplainedERM):
         "dre_sparsity": (0.5, lambda r: 10 ** r.uniform(-3, 0)),
         "dre_mixed": (0.1, lambda r: 10 ** r.uniform(-2, 0)),
         "dre_alpha": (0.2, lambda r: 0.2),
-        "map_relu": (False, lambda r: False),
-        "map_normalisation": ("minmax_live", lambda r: "minmax_live"),
     }
     CONTROL = {"dre_consistency": 0.0, "dre_sparsity": 0.0, "dre_mixed": 0.0}
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        check_scale(hparams)
         check_not_negative(hparams, "dre_consistency", "dre_sparsity", "dre_mixed")
         if not hparams["dre_alpha"] > 0:
             raise ValueError(f"dre_alpha {hparams['dre_alpha']}: must be above 0")

@@ -78,10 +78,14 @@ class ExplainedERM(ERM):
         map_layer: module of the featurizer whose output is explained; "" is its ``map_layer``.
         map_relu: keep only what speaks for the label.
         map_method: a name in ``attribution.METHODS``.
-        map_normalisation: how heatmaps are put on the scale of a mask, one of ``similarities.NORMALISATIONS``.
+        map_normalisation: how heatmaps are put on the scale [0, 1] of a mask, one of ``similarities.NORMALISATIONS``.
     """
 
-    HPARAMS = {**MAP_HPARAMS, "map_normalisation": ("max", lambda r: "max")}
+    HPARAMS = {
+        **MAP_HPARAMS,
+        "map_relu": (False, lambda r: False),
+        "map_normalisation": ("minmax_live", lambda r: "minmax_live"),
+    }
     CHOICES: ClassVar[Mapping[str, Any]] = {
         "map_gradient": [policy for policy in POLICIES if policy != "none"],
         "map_method": METHODS,
@@ -91,6 +95,7 @@ class ExplainedERM(ERM):
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         check_choices(hparams, self.CHOICES)
+        check_scale(hparams)
         require_maps(self.featurizer, input_shape, hparams)
         self.linear_head = not hparams["map_layer"] and has_linear_head(self.featurizer, self.classifier, input_shape)
 

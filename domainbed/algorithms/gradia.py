@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import Algorithm, Minibatches, Task, concatenate, masks, register
-from domainbed.algorithms.explained import ExplainedERM, check_not_negative, check_scale, report_warmup
+from domainbed.algorithms.explained import ExplainedERM, check_not_negative, report_warmup
 from domainbed.lib.misc import predicted_labels
 from domainbed.masking import at_size
 from domainbed.similarities import EPS
@@ -51,7 +51,6 @@ class GivenMasksERM(ExplainedERM):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        check_scale(hparams)
         check_not_negative(hparams, f"{self.PREFIX}_lambda", f"{self.PREFIX}_warmup")
         self.register_buffer("update_count", torch.zeros((), dtype=torch.int64))
 
@@ -150,8 +149,6 @@ class GRADIA(GivenMasksERM):
         "gradia_lambda": (1.0, lambda r: 10 ** r.uniform(-1, 1)),
         "gradia_warmup": (200, lambda r: int(10 ** r.uniform(1.5, 3))),
         "gradia_reasonable": (0.5, lambda r: r.uniform(0.3, 0.8)),
-        "map_relu": (False, lambda r: False),
-        "map_normalisation": ("minmax_live", lambda r: "minmax_live"),
     }
     CONTROL = {"gradia_lambda": 0.0}
 
