@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed.algorithms.base import register
-from domainbed.algorithms.gradia import GivenMasksERM, mean_over
+from domainbed.algorithms.given_masks import GivenMasksERM, mean_over
 
 LEAST_AREA = 1e-4  # of a map's pixel: a mask, or what it leaves, below that is rounding
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from domainbed import hparams_registry
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
-from domainbed.algorithms.gradia import energy_inside, is_flat, soft_target
+from domainbed.algorithms.given_masks import energy_inside, is_flat
+from domainbed.algorithms.gradia import soft_target
 from domainbed.loaders import Minibatch
 from domainbed.masking import at_size
 
