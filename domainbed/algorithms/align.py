@@ -138,7 +138,7 @@ class ALIGN(MaskGuided):
     Differs: the paper leaves masker, weights, regulariser and alternation open; docs/explanation_guided.md lists our
         readings. Its warm-up of 200 epochs, several times DomainBed's whole budget, is 200 updates here.
 
-    Hparams:
+    Hparams (the masker's defaults: proposals; for small images, chosen on DigitsO2O, docs/findings.md):
         lambda_1, lambda_2: weights of the mask's area and of its total variation.
         lambda_3 and the others of ``MaskGuided``.
         masker: "conv", a network of its own (``ConvMasker``), or "features", on the classifier's feature maps.
@@ -149,11 +149,11 @@ class ALIGN(MaskGuided):
     """
 
     HPARAMS = {
-        "lambda_1": (0.1, lambda r: 10 ** r.uniform(-2, 0)),
-        "lambda_2": (0.1, lambda r: 10 ** r.uniform(-2, 0)),
+        "lambda_1": lambda dataset: (0.6 if dataset.small else 0.1, lambda r: 10 ** r.uniform(-2, 0)),
+        "lambda_2": lambda dataset: (0.5 if dataset.small else 0.1, lambda r: 10 ** r.uniform(-2, 0)),
         "masker": ("conv", lambda r: "conv"),
-        "mask_start": (0.5, lambda r: r.uniform(0.1, 0.9)),
-        "masker_lr": (1e-3, lambda r: 10 ** r.uniform(-4, -2.5)),
+        "mask_start": lambda dataset: (0.12 if dataset.small else 0.5, lambda r: r.uniform(0.1, 0.9)),
+        "masker_lr": lambda dataset: (3e-3 if dataset.small else 1e-3, lambda r: 10 ** r.uniform(-4, -2.5)),
         "masker_steps": (1, lambda r: 1),
         "mask_fill": ("mean", lambda r: "mean"),
     }

@@ -226,6 +226,13 @@ def test_the_warm_up_as_a_fraction_of_the_run() -> None:
     assert build(steps=0, warmup_frac=0.25, warmup_steps=7).warmup == 7  # where the length of the run is not known
 
 
+def test_the_maskers_defaults_depend_on_the_images_size() -> None:
+    names = ("lambda_1", "lambda_2", "mask_start", "masker_lr")
+    small, large = (hparams_registry.default_hparams("ALIGN", dataset) for dataset in ("DigitsO2O", "Waterbirds"))
+    assert [small[name] for name in names] == [0.6, 0.5, 0.12, 3e-3]
+    assert [large[name] for name in names] == [0.1, 0.1, 0.5, 1e-3]
+
+
 def test_without_guidance_stays_without_it_in_random_draws() -> None:
     draws = [hparams_registry.random_hparams("ALIGN_NoGuidance", "DigitsM2M", seed) for seed in range(1, 5)]
     assert {draw["lambda_3"] for draw in draws} == {0.0}
@@ -255,7 +262,7 @@ def test_the_masker_learns_what_the_classifier_looks_at_and_nothing_else() -> No
     for name, corner in {"first": slice(4, 16), "second": slice(20, 32)}.items():
         region = torch.zeros(3, 36, 36)
         region[:, corner, corner] = 0.05
-        model = with_classifier(build(masker_lr=0.01, lambda_1=0.5), ByBrightness(region))
+        model = with_classifier(build(masker_lr=0.01, lambda_1=0.5, lambda_2=0.1, mask_start=0.5), ByBrightness(region))
         model.mean_colour = x.mean((0, 2, 3)) * 0
         for _ in range(60):
             model.learn_masks(x, torch.zeros(16, dtype=torch.int64))
@@ -279,7 +286,7 @@ def test_the_mean_colour_is_that_of_all_steps() -> None:
 @pytest.mark.parametrize("masker", ["conv", "features"])
 @pytest.mark.parametrize("shape", [(3, 36, 36), (2, 28, 28), (3, 45, 37)])
 def test_masks_are_soft_and_of_the_images_size(masker: str, shape: tuple[int, ...]) -> None:
-    model = build(shape=shape, masker=masker, backbone="small_cnn")
+    model = build(shape=shape, masker=masker, backbone="small_cnn", mask_start=0.5)
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
     masks = model.mask(x)
     assert masks.shape == (5, *shape[1:])
