@@ -538,3 +538,10 @@ def test_shapes_that_do_not_fit_are_refused(heatmaps: tuple[int, ...], target: i
 def test_masks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"masks \(3, 8, 8\) do not fit; give"):
         localisation(torch.rand(2, 4, 4), square(3))
+
+
+def test_half_precision_heatmaps_have_the_numbers_of_the_same_values_in_full() -> None:
+    heatmaps = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(4)).bfloat16()
+    size = torch.Size((36, 36))
+    assert torch.equal(metrics.normalised(heatmaps, size), metrics.normalised(heatmaps.float(), size))
+    assert torch.equal(ranks(heatmaps, size), ranks(heatmaps.float(), size))

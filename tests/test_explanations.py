@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domainbed import attribution, explanation_metrics, hparams_registry, masking, similarities
+from domainbed import attribution, evaluation, explanation_metrics, hparams_registry, masking, similarities
 from domainbed.algorithms.base import REGISTRY, Task
 from domainbed.datasets.base import InMemoryEnvironment
 from domainbed.evaluation import ExplanationPlan, Explanations, explanations, mean_colour
@@ -329,3 +329,11 @@ def test_the_names_of_metrics_say_fill_and_direction() -> None:
     names = explained(Foreign(), fills=FILLS, images=6).values.keys()
     assert directed(names)
     assert {f"sufficiency_{fill}_lower" for fill in FILLS} <= names
+
+
+def test_what_speaks_against_a_class_is_no_overlap() -> None:
+    maps = torch.tensor([[[1.0, -1.0], [0.5, 0.0]]])
+    other = torch.tensor([[[0.5, -1.0], [0.0, 1.0]]])
+    (signed,) = evaluation._overlap((maps, other)).values()
+    (positive,) = evaluation._overlap((maps.relu(), other.relu())).values()
+    assert signed.item() == positive.item() == pytest.approx(0.5 / (1.5 + 1.5 - 0.5))
