@@ -81,12 +81,7 @@ class EX2L(TwoNetworks):
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
         similarity, values = self.mean_similarity(label_maps, confounder_maps)
         loss = label_loss + self.hparams["lambda_1"] * confounder_loss + self.similarity_weight() * similarity
-
-        self.optimizer.zero_grad()
-        self.confounder_optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.confounder_optimizer.step()
+        self.step(loss)
         self.update_count += 1
         return {
             "loss": loss.item(),

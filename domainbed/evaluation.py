@@ -161,6 +161,19 @@ class Explanations:
 
 def explanations(
     algorithm: Any,
+    splits: Sequence[Split],
+    num_confounders: int,
+    device: torch.device,
+    plan: ExplanationPlan,
+    num_workers: int = 0,
+) -> dict[tuple[int, str], Explanations]:
+    """``split_explanations`` of each split, by its number and kind."""
+    asked = num_confounders, device, plan, num_workers
+    return {(split.number, split.kind): split_explanations(algorithm, split, *asked) for split in splits}
+
+
+def split_explanations(
+    algorithm: Any,
     split: Split,
     num_confounders: int,
     device: torch.device,

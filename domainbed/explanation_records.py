@@ -99,6 +99,20 @@ def line(
     return record
 
 
+def write(
+    directory: str | Path,
+    args: Mapping[str, Any],
+    settings: Settings,
+    fills: Sequence[str],
+    measured: Mapping[Place, "Explanations"],
+    num_groups: int,
+) -> dict[str, Any]:
+    """Appends the ``line`` of these arguments to the run's file, and returns it."""
+    record = line(args, settings, fills, measured, num_groups)
+    records.append(Path(directory, EXPLANATIONS_FILE), record)
+    return record
+
+
 def settings_of(record: Mapping[str, Any]) -> Settings:
     """What the line's numbers are of."""
     return Settings(**{key: value for key, value in record["explained"].items() if key != "fills"})

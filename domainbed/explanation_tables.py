@@ -204,7 +204,7 @@ def _tables(title: str, settings: Settings, found: Sequence[Explained], names: M
         metrics = in_order(metric for some in of_runs.values() for one in some for metric in one)
         body = [
             [*line_cells(line), *_accuracy_cells(trials[line], most)]
-            + [_cell([one[metric] for one in of_runs[line] if metric in one], most) for metric in metrics]
+            + [mean_cell([one[metric] for one in of_runs[line] if metric in one], most, _number) for metric in metrics]
             for line in lines
         ]
         if metrics:
@@ -229,13 +229,3 @@ def _average(one: Explained) -> float | None:
 
 def _number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"  # adding zero turns -0.0 into 0.0
-
-
-def _cell(values: Sequence[float], most: int) -> str:
-    """Mean and sd (ddof 1) as they are; the number of runs where it is less than the table's most."""
-    if not values:
-        return MISSING
-    cell = _number(float(np.mean(values)))
-    if len(values) > 1:
-        cell += f" ± {np.std(values, ddof=1):.3f}"
-    return cell if len(values) == most else f"{cell} (n={len(values)})"

@@ -49,13 +49,17 @@ LINE_HEADER = ("Algorithm", "Sampling")
 C = TypeVar("C", bound=Checkpoint)
 
 
-def mean_cell(values: Sequence[float], most: int) -> str:
-    """Mean and sd (ddof 1) in percent; the number of trials where it is less than the table's most."""
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def mean_cell(values: Sequence[float], most: int, number: Callable[[float], str] = percent) -> str:
+    """Mean and sd (ddof 1), each written by ``number``; the number of trials where it is less than the table's most."""
     if not values:
         return MISSING
-    cell = f"{100 * np.mean(values):.1f}"
+    cell = number(float(np.mean(values)))
     if len(values) > 1:
-        cell += f" ± {100 * np.std(values, ddof=1):.1f}"
+        cell += f" ± {number(float(np.std(values, ddof=1)))}"
     return cell if len(values) == most else f"{cell} (n={len(values)})"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domainbed import attribution, evaluation, explanation_metrics, hparams_registry, masking, similarities
 from domainbed.algorithms.base import REGISTRY, Task
 from domainbed.datasets.base import InMemoryEnvironment
-from domainbed.evaluation import ExplanationPlan, Explanations, explanations, mean_colour
+from domainbed.evaluation import ExplanationPlan, Explanations, mean_colour, split_explanations
 from domainbed.explainers import Explainer, map_layer
 from domainbed.feature_maps import evaluating
 from domainbed.lib.misc import predicted_labels
@@ -63,7 +63,7 @@ def split(masks: bool = True) -> Split:
 
 
 def explained(algorithm: Any, some: Split | None = None, confounders: int = V, **plan: Any) -> Explanations:
-    return explanations(algorithm, some or split(), confounders, CPU, ExplanationPlan(**{"images": 20, **plan}))
+    return split_explanations(algorithm, some or split(), confounders, CPU, ExplanationPlan(**{"images": 20, **plan}))
 
 
 @pytest.mark.parametrize("fill", FILLS)

@@ -128,12 +128,7 @@ class RRR_Confounder(TwoNetworks):
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
         penalty = input_gradient_penalty(label_logits, x, forbidden, trained=weight > 0)
         loss = label_loss + self.hparams["lambda_1"] * confounder_loss + weight * penalty
-
-        self.optimizer.zero_grad()
-        self.confounder_optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.confounder_optimizer.step()
+        self.step(loss)
         return {
             "loss": loss.item(),
             "label_loss": label_loss.item(),

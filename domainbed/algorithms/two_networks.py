@@ -144,6 +144,14 @@ class TwoNetworks(Algorithm):
         )
         return logits, found
 
+    def step(self, loss: Tensor) -> None:
+        """Takes one step of each network's optimizer down the gradient of a scalar loss."""
+        self.optimizer.zero_grad()
+        self.confounder_optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.confounder_optimizer.step()
+
     def predict(self, x: Tensor) -> Tensor:
         return self.network(x)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import attribution, explanation_records, figures, masking, records, saved_models, subsets
+from domainbed import attribution, explanation_records, figures, masking, saved_models, subsets
 from domainbed.algorithms import get_algorithm_class
 from domainbed.datasets.base import confounders, masks
 from domainbed.evaluation import ExplanationPlan, Explanations, explanations
@@ -164,17 +164,12 @@ def measure(subject: Subject, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and records the metrics of a model; returns those of each image."""
     plan = ExplanationPlan(args.n, args.seed, args.method, tuple(dict.fromkeys(args.fills)), args.batch_size)
     dataset, num_confounders = subject.dataset, subject.dataset.num_confounders
-    measured = {
-        (split.number, split.kind): explanations(
-            subject.algorithm, split, num_confounders, device(), plan, dataset.N_WORKERS
-        )
-        for split in subject.splits
-    }
+    measured = explanations(subject.algorithm, subject.splits, num_confounders, device(), plan, dataset.N_WORKERS)
     settings = explanation_records.Settings.of(plan, subject.file.name, subject.step, args.mask_dir or "")
     num_groups = dataset.num_classes * num_confounders
-    line = explanation_records.line(subject.args, settings, plan.fills, measured, num_groups)
+    place = subject.file.parent
     with bad_input():
-        records.append(subject.file.parent / explanation_records.EXPLANATIONS_FILE, line)
+        line = explanation_records.write(place, subject.args, settings, plan.fills, measured, num_groups)
     print(subject.file, run_table(line), sep="", end="")
     return [row for place, found in measured.items() for row in _image_rows(subject.file, place, found)]
 

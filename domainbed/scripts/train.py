@@ -340,16 +340,10 @@ def explain(run: Run, step: int) -> None:
     plan, training_plan = ExplanationPlan(run.args["explain"]), run.plan
     num_confounders = training_plan.num_confounders
     tested = [split for split in training_plan.splits if split.kind == "in" and split.env in run.args["test_envs"]]
-    measured = {
-        (split.number, split.kind): explanations(
-            run.algorithm, split, num_confounders, run.device, plan, training_plan.num_workers
-        )
-        for split in tested
-    }
+    measured = explanations(run.algorithm, tested, num_confounders, run.device, plan, training_plan.num_workers)
     settings = explanation_records.Settings.of(plan, model, step)
     num_groups = training_plan.num_classes * num_confounders
-    line = explanation_records.line(run.args, settings, plan.fills, measured, num_groups)
-    records.append(directory / explanation_records.EXPLANATIONS_FILE, line)
+    line = explanation_records.write(directory, run.args, settings, plan.fills, measured, num_groups)
     print(run_table(line), end="")
 
 
