@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domainbed import registry, run_directory
+from domainbed.commands import train_command
 from domainbed.seeding import seed_hash
 from domainbed.sweep_rows import SweepRow, with_controls
 
@@ -222,18 +222,6 @@ def directory_name(train_args: Mapping[str, Any]) -> str:
     return hashlib.md5(json.dumps(dict(train_args), sort_keys=True).encode()).hexdigest()
 
 
-def _words(key: str, value: Any) -> str:
-    if value is True:
-        return f"--{key}"
-    values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([f"--{key}", *(shlex.quote(v) if isinstance(v, str) else str(v) for v in values)])
-
-
-def train_command(train_args: Mapping[str, Any]) -> str:
-    """The shell command that trains with these arguments, in key order."""
-    return " ".join(["python -m domainbed.scripts.train", *(_words(k, v) for k, v in sorted(train_args.items()))])
-
-
 class Outcome(NamedTuple):
     """What became of launched jobs."""
 
@@ -248,7 +236,7 @@ class Job:
     Attributes:
         output_dir: the job's directory under the sweep's.
         train_args: its arguments, output_dir included.
-        command_str: the shell command that runs it.
+        command_str: the shell command that runs it, a ``commands.Command``.
         state: NOT_LAUNCHED, INCOMPLETE or DONE, as found when the object was made.
     """
 
@@ -256,10 +244,10 @@ class Job:
     INCOMPLETE = "Incomplete"
     DONE = "Done"
 
-    def __init__(self, train_args: Mapping[str, Any], sweep_output_dir: str):
+    def __init__(self, train_args: Mapping[str, Any], sweep_output_dir: str, more_words: Sequence[str] = ()):
         self.output_dir = os.path.join(sweep_output_dir, directory_name(train_args))
         self.train_args = {**copy.deepcopy(dict(train_args)), "output_dir": self.output_dir}
-        self.command_str = train_command(self.train_args)
+        self.command_str = train_command(self.train_args, more_words)
         if run_directory.is_done(self.output_dir):
             self.state = Job.DONE
         else:
@@ -324,15 +312,17 @@ class Job:
         return deleted
 
 
-def make_jobs(args_list: Sequence[Mapping[str, Any]], sweep_output_dir: str) -> list[Job]:
-    """The jobs of a sweep.
+def make_jobs(
+    args_list: Sequence[Mapping[str, Any]], sweep_output_dir: str, more_words: Sequence[str] = ()
+) -> list[Job]:
+    """The jobs of a sweep; ``more_words`` follow each one's arguments in its command.
 
     Raises:
         ValueError: two jobs are the same run.
     """
     jobs: dict[str, Job] = {}
     for args in args_list:
-        job = Job(args, sweep_output_dir)
+        job = Job(args, sweep_output_dir, more_words)
         if job.output_dir in jobs:
             raise ValueError(f"two jobs are the same run: {job}; name each dataset and each row once")
         jobs[job.output_dir] = job

@@ -17,33 +17,20 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from domainbed import command_launchers, refit, registry, run_directory
-from domainbed.jobs import EXCLUSIVE, EXTRAS, Job, Outcome, all_test_env_combinations, make_args_list, make_jobs
+from domainbed import command_launchers, refit, run_directory
+from domainbed.jobs import EXTRAS, Job, Outcome, all_test_env_combinations, make_args_list, make_jobs
 from domainbed.lib import reporting
-from domainbed.model_selection import CRITERIA
 from domainbed.scripts import BadInput, bad_input, run_cli
-from domainbed.scripts.arguments import DomainBedParser
-from domainbed.scripts.sweep_file import read_sweep_file
+from domainbed.scripts.sweep_arguments import LAUNCHER_OPTIONS, OF_THE_SEARCH, default_names, parse
 from domainbed.sweep_rows import SweepRow
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Job", "all_test_env_combinations", "ask_for_confirmation", "main", "make_args_list"]
 
-DOMAINBED_FLAGS = (
-    "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "output_dir", "data_dir", "seed", "n_trials",
-    "command_launcher", "steps", "hparams", "holdout_fraction", "single_test_envs", "skip_confirmation",
-)  # fmt: skip
-REQUIRED = {
-    "launch": ("output_dir", "command_launcher"),
-    "delete_incomplete": ("output_dir",),
-    "refit": ("input_dir", "output_dir", "seeds", "command_launcher"),
-}
-OF_A_REFIT = ("input_dir", "seeds")
-OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
 SHOWN_FAILURES = 5
 
 
@@ -54,117 +41,9 @@ def __getattr__(name: str) -> list[str]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def default_names(package: str) -> list[str]:
-    """DomainBed's algorithms or datasets, as far as we have them, without the debugging ones."""
-    ours = registry.names(package)
-    return [name for name in registry.order(package) if name in ours and "Debug" not in name]
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return integer
-
-
-def _environments(text: str) -> list[int]:
-    """The environments in "1,2"."""
-    try:
-        return [int(env) for env in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of environments such as 0 or 1,2") from None
-
-
-def make_parser() -> DomainBedParser:
-    """The parser; whatever a sweep file may set has no default here that would hide it."""
-    parser = DomainBedParser(
-        DOMAINBED_FLAGS, description="Launch a grid of training runs, delete unfinished ones, or refit."
-    )
-    add = parser.add_argument
-    add("command", choices=list(REQUIRED))
-    add("sweep_file", nargs="?", help="TOML file of flags and [[rows]], right after the command")
-    add("--datasets", nargs="+", metavar="NAME", help="default: DomainBed's")
-    add("--algorithms", nargs="+", metavar="NAME[:PARTITION]", help="default: DomainBed's")
-    add("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
-    add("--n_hparams_from", type=int, default=0, help="first hparams seed")
-    add("--n_hparams", type=int, default=20, help="one beyond the last hparams seed; seed 0 is the default hparams")
-    add("--output_dir", help="where the jobs' directories lie; required")
-    add("--data_dir", help="required unless all datasets are part of the package")
-    add("--seed", type=int, default=0, help="without effect, as in DomainBed")
-    add("--n_trials", type=int, default=3, help="number of trial seeds")
-    add("--command_launcher", help=f"required to launch; {', '.join(command_launchers.REGISTRY)}")
-    add("--steps", type=int, help="default: the dataset's")
-    add("--hparams", metavar="JSON", help="overrides for all jobs, a JSON object")
-    add("--holdout_fraction", type=float, default=0.2, help="share of each environment that is held out")
-    add("--single_test_envs", action="store_true", help="leave out single environments, no pairs")
-    add("--skip_confirmation", action="store_true", help="do not ask before launching or deleting")
-    add("--test_envs_list", nargs="+", type=_environments, metavar="ENVS", help="one per job: 0 1,2 makes two")
-    add("--official_test_envs", action="store_true", help="every dataset's own test environments, where it has some")
-    add("--controls", action="store_true", help="each row's control (its method switched off) follows it")
-    add("--ranges", metavar="JSON", help='how to draw hparams, a JSON object like {"lambda_2": "10^U(-1, 2)"}')
-    add("--epochs", type=_at_least(1), help="in place of --steps")
-    add("--input_dir", help="a search's output_dir (refit)")
-    add("--seeds", nargs="+", type=int, metavar="SEED", help="of the chosen draws (refit)")
-    add("--criterion", default="aa_wga", choices=list(CRITERIA), help="what validation maximises (refit)")
-    add("--workers", type=_at_least(1), help="commands at a time (launcher local)")
-    add("--threads", type=_at_least(0), help="CPU threads of each command, 0 for no limit (launchers local, multi_gpu)")
-    add("--label", help="what the tables call these rows")
-    add("--checkpoint_freq", type=_at_least(0), help="updates between two records; default: the dataset's")
-    add("--precision", choices=["fp32", "bf16"], help="default: fp32")
-    add("--eval_splits", choices=["all", "selection"], help="default: all")
-    add("--keep_best", choices=["aa_wga"], help="also keep the model that is best on validation")
-    add("--input_pipeline", choices=["pil", "cv2", "device"], help="how image files are opened; default: pil")
-    add("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
-    add("--annotation_budget", type=float, help="share of training images with a known confounder; default: 1")
-    add("--mask_dir", help="folder of your own masks, in place of the datasets'")
-    add("--explain", type=_at_least(1), metavar="N", help="measure the explanations of N images a test environment")
-    add("--no_model_save", dest="skip_model_save", action="store_true", help="store no model.pkl")
-    return parser
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line over sweep file over defaults; ``rows`` are the sweep file's.
-
-    Raises:
-        OSError, ValueError: see ``read_sweep_file``; or a flag is missing, or means nothing to the command.
-    """
-    parser = make_parser()
-    typed = args = parser.parse_args(argv)
-    rows: list[SweepRow] = []
-    if typed.sweep_file:
-        words, rows = read_sweep_file(typed.sweep_file, parser.flags())
-        rows = rows if typed.algorithms is None else []
-        args = parser.parse_args(argv, parser.parse_args([typed.command, typed.sweep_file, *words]))
-        _drop_overruled(args, typed)
-    _check_flags(args, typed)
-    args.rows = rows
-    if args.command != "refit":
-        args.datasets = args.datasets or default_names("datasets")
-        args.algorithms = args.algorithms or ([] if rows else default_names("algorithms"))
-    return args
-
-
-def _drop_overruled(args: argparse.Namespace, typed: argparse.Namespace) -> None:
-    """Takes from the file what the command line answers otherwise, as ``steps`` where ``--epochs`` is typed."""
-    for one, other in [*EXCLUSIVE, *((other, one) for one, other in EXCLUSIVE)]:
-        if getattr(typed, one) and not getattr(typed, other):
-            setattr(args, other, None)
-
-
-def _check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
-    for flag in REQUIRED[args.command]:
-        if getattr(args, flag) is None:
-            raise ValueError(f"--{flag} is required, on the command line or in the sweep file")
-    if args.command != "refit":
-        for flag in OF_A_REFIT:
-            if getattr(typed, flag) is not None:
-                raise ValueError(f"--{flag} is for refit; {args.command} does not read it")
-    if args.command == "refit":
-        for flag in OF_THE_SEARCH:
-            if getattr(typed, flag) is not None:
-                raise ValueError(f"--{flag} means nothing to refit, which takes it from the search; leave it out")
+def more_words(args: argparse.Namespace) -> list[str]:
+    """What the jobs' commands say beside the jobs' arguments."""
+    return [] if args.save_every_s is None else ["--save_every_s", f"{args.save_every_s:g}"]
 
 
 def sweep_jobs(args: argparse.Namespace) -> list[Job]:
@@ -191,7 +70,7 @@ def sweep_jobs(args: argparse.Namespace) -> list[Job]:
         controls=args.controls,
         **{key: getattr(args, key) for key in EXTRAS},
     )
-    return make_jobs(args_list, args.output_dir)
+    return make_jobs(args_list, args.output_dir, more_words(args))
 
 
 def refit_jobs(args: argparse.Namespace) -> list[Job]:
@@ -208,7 +87,7 @@ def refit_jobs(args: argparse.Namespace) -> list[Job]:
         logger.warning("the search has several trial seeds: rows may be refit on different splits; see --n_trials 1")
     draws = refit.choose_draws(records, args.criterion, args.controls)
     changes = {key: getattr(args, key) for key in ("steps", "data_dir", *EXTRAS) if key not in OF_THE_SEARCH}
-    jobs = make_jobs(refit.refit_args_list(draws, args.seeds, changes), args.output_dir)
+    jobs = make_jobs(refit.refit_args_list(draws, args.seeds, changes), args.output_dir, more_words(args))
     for draw in draws:
         print(f"Chosen by {args.criterion}: {draw}")
     return jobs
@@ -314,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the script with these arguments; returns its exit status."""
     with bad_input():
         args = parse(argv)
-        options = {"workers": args.workers, "threads": args.threads}
+        options = {option: getattr(args, option) for option in LAUNCHER_OPTIONS}
         deletes = args.command == "delete_incomplete"
         launcher = None if deletes else command_launchers.find(args.command_launcher, options)
         if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):

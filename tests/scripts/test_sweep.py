@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from domainbed import command_launchers, messages, registry, run_directory
-from domainbed.scripts import BadInput, bad_input, run_cli, sweep
+from domainbed.scripts import BadInput, bad_input, run_cli, sweep, sweep_arguments
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.sweep_rows import SweepRow
 
@@ -51,11 +51,11 @@ def test_abbreviations_survive_new_flags(upstream):
 def test_abbreviations_of_sweep_itself():
     sample = {"task": "domain_generalization", "command": "launch"}
     bare = ("single_test_envs", "skip_confirmation")
-    assert set(sweep.DOMAINBED_FLAGS) == set(SWEEP_FLAGS)
-    default = vars(sweep.make_parser().parse_args(["launch"]))
+    assert set(sweep_arguments.DOMAINBED_FLAGS) == set(SWEEP_FLAGS)
+    default = vars(sweep_arguments.make_parser().parse_args(["launch"]))
     for prefix, flag in unique_prefixes(SWEEP_FLAGS):
         words = [f"--{prefix}"] if flag in bare else [f"--{prefix}", sample.get(flag, "7")]
-        found = vars(sweep.make_parser().parse_args(["launch", *words]))
+        found = vars(sweep_arguments.make_parser().parse_args(["launch", *words]))
         assert {key for key in found if found[key] != default[key]} <= {flag}, prefix
         assert flag == "task" or found[flag] != default[flag], prefix
 

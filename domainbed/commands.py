@@ -1,0 +1,41 @@
+"""The shell command of a job, which also knows its words and its directory."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TRAIN = ("python", "-m", "domainbed.scripts.train")
+
+
+def _words(key: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{key}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{key}", *map(str, values)]
+
+
+class Command(str):
+    """A shell command, as DomainBed's launchers take it; ours run its words without a shell.
+
+    Attributes:
+        argv: the words, ``python`` first.
+        output_dir: the directory of the job that it runs.
+    """
+
+    argv: tuple[str, ...]
+    output_dir: str
+
+    def __new__(cls, argv: Sequence[str], output_dir: str) -> "Command":
+        self = super().__new__(cls, shlex.join(argv))
+        self.argv, self.output_dir = tuple(argv), output_dir
+        return self
+
+
+def train_command(train_args: Mapping[str, Any], more: Sequence[str] = ()) -> Command:
+    """The command that trains with these arguments, in key order.
+
+    Args:
+        more: words that follow, which say how and not what: they are no part of the run's identity.
+    """
+    words = [word for key, value in sorted(train_args.items()) for word in _words(key, value)]
+    return Command([*TRAIN, *words, *more], train_args["output_dir"])

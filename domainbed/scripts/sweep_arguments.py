@@ -1,0 +1,160 @@
+"""The sweep script's flags, on the command line and in sweep files."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from domainbed import command_launchers, registry
+from domainbed.jobs import EXCLUSIVE
+from domainbed.model_selection import CRITERIA
+from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.sweep_file import read_sweep_file
+from domainbed.sweep_rows import SweepRow
+
+DOMAINBED_FLAGS = (
+    "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "output_dir", "data_dir", "seed", "n_trials",
+    "command_launcher", "steps", "hparams", "holdout_fraction", "single_test_envs", "skip_confirmation",
+)  # fmt: skip
+REQUIRED = {
+    "launch": ("output_dir", "command_launcher"),
+    "delete_incomplete": ("output_dir",),
+    "refit": ("input_dir", "output_dir", "seeds", "command_launcher"),
+}
+OF_A_REFIT = ("input_dir", "seeds")
+LAUNCHER_OPTIONS = (
+    "workers", "threads", "retries", "isolation", "jobs_per_gpu", "max_parallel", "jobs_per_task", "slurm_partition",
+    "slurm_time", "slurm_mem_gb", "slurm_cpus", "slurm_gpus", "slurm_args",
+)  # fmt: skip
+OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
+
+
+def default_names(package: str) -> list[str]:
+    """DomainBed's algorithms or datasets, as far as we have them, without the debugging ones."""
+    ours = registry.names(package)
+    return [name for name in registry.order(package) if name in ours and "Debug" not in name]
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return integer
+
+
+def _seconds(text: str) -> float:
+    if (value := float(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _environments(text: str) -> list[int]:
+    """The environments in "1,2"."""
+    try:
+        return [int(env) for env in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of environments such as 0 or 1,2") from None
+
+
+def make_parser() -> DomainBedParser:
+    """The parser; whatever a sweep file may set has no default here that would hide it."""
+    parser = DomainBedParser(
+        DOMAINBED_FLAGS, description="Launch a grid of training runs, delete unfinished ones, or refit."
+    )
+    add = parser.add_argument
+    add("command", choices=list(REQUIRED))
+    add("sweep_file", nargs="?", help="TOML file of flags and [[rows]], right after the command")
+    add("--datasets", nargs="+", metavar="NAME", help="default: DomainBed's")
+    add("--algorithms", nargs="+", metavar="NAME[:PARTITION]", help="default: DomainBed's")
+    add("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    add("--n_hparams_from", type=int, default=0, help="first hparams seed")
+    add("--n_hparams", type=int, default=20, help="one beyond the last hparams seed; seed 0 is the default hparams")
+    add("--output_dir", help="where the jobs' directories lie; required")
+    add("--data_dir", help="required unless all datasets are part of the package")
+    add("--seed", type=int, default=0, help="without effect, as in DomainBed")
+    add("--n_trials", type=int, default=3, help="number of trial seeds")
+    add("--command_launcher", help=f"required to launch; {', '.join(command_launchers.REGISTRY)}")
+    add("--steps", type=int, help="default: the dataset's")
+    add("--hparams", metavar="JSON", help="overrides for all jobs, a JSON object")
+    add("--holdout_fraction", type=float, default=0.2, help="share of each environment that is held out")
+    add("--single_test_envs", action="store_true", help="leave out single environments, no pairs")
+    add("--skip_confirmation", action="store_true", help="do not ask before launching or deleting")
+    add("--test_envs_list", nargs="+", type=_environments, metavar="ENVS", help="one per job: 0 1,2 makes two")
+    add("--official_test_envs", action="store_true", help="every dataset's own test environments, where it has some")
+    add("--controls", action="store_true", help="each row's control (its method switched off) follows it")
+    add("--ranges", metavar="JSON", help='how to draw hparams, a JSON object like {"lambda_2": "10^U(-1, 2)"}')
+    add("--epochs", type=_at_least(1), help="in place of --steps")
+    add("--input_dir", help="a search's output_dir (refit)")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="of the chosen draws (refit)")
+    add("--criterion", default="aa_wga", choices=list(CRITERIA), help="what validation maximises (refit)")
+    add("--workers", type=_at_least(1), help="commands at a time (launcher local)")
+    add("--threads", type=_at_least(0), help="CPU threads of each command, 0 for no limit (launchers local, multi_gpu)")
+    add(
+        "--retries", type=_at_least(0), help="how often a failed job is tried again (launchers local, multi_gpu, slurm)"
+    )
+    add("--isolation", choices=["fork", "process"], help="how local jobs start: forked with torch loaded, or afresh")
+    add("--jobs_per_gpu", type=_at_least(1), help="jobs at a time on each GPU (launcher multi_gpu)")
+    add("--max_parallel", type=_at_least(1), help="tasks at a time (launcher slurm)")
+    add("--jobs_per_task", type=_at_least(1), help="jobs that a task does one after the other (launcher slurm)")
+    add("--slurm_partition", metavar="NAME", help="of the cluster")
+    add("--slurm_time", metavar="TIME", help="limit of a task: minutes, or [D-]HH:MM:SS")
+    add("--slurm_mem_gb", type=float, help="memory of a task")
+    add("--slurm_cpus", type=_at_least(1), help="CPU cores of a task")
+    add("--slurm_gpus", type=_at_least(0), help="GPUs of a task")
+    add("--slurm_args", nargs="+", metavar="KEY=VALUE", help="further options of sbatch, as account=lab")
+    add("--save_every_s", type=_seconds, metavar="S", help="seconds between two snapshots of a job; default: train's")
+    add("--label", help="what the tables call these rows")
+    add("--checkpoint_freq", type=_at_least(0), help="updates between two records; default: the dataset's")
+    add("--precision", choices=["fp32", "bf16"], help="default: fp32")
+    add("--eval_splits", choices=["all", "selection"], help="default: all")
+    add("--keep_best", choices=["aa_wga"], help="also keep the model that is best on validation")
+    add("--input_pipeline", choices=["pil", "cv2", "device"], help="how image files are opened; default: pil")
+    add("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
+    add("--annotation_budget", type=float, help="share of training images with a known confounder; default: 1")
+    add("--mask_dir", help="folder of your own masks, in place of the datasets'")
+    add("--explain", type=_at_least(1), metavar="N", help="measure the explanations of N images a test environment")
+    add("--no_model_save", dest="skip_model_save", action="store_true", help="store no model.pkl")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line over sweep file over defaults; ``rows`` are the sweep file's.
+
+    Raises:
+        OSError, ValueError: see ``read_sweep_file``; or a flag is missing, or means nothing to the command.
+    """
+    parser = make_parser()
+    typed = args = parser.parse_args(argv)
+    rows: list[SweepRow] = []
+    if typed.sweep_file:
+        words, rows = read_sweep_file(typed.sweep_file, parser.flags())
+        rows = rows if typed.algorithms is None else []
+        args = parser.parse_args(argv, parser.parse_args([typed.command, typed.sweep_file, *words]))
+        _drop_overruled(args, typed)
+    _check_flags(args, typed)
+    args.rows = rows
+    if args.command != "refit":
+        args.datasets = args.datasets or default_names("datasets")
+        args.algorithms = args.algorithms or ([] if rows else default_names("algorithms"))
+    return args
+
+
+def _drop_overruled(args: argparse.Namespace, typed: argparse.Namespace) -> None:
+    """Takes from the file what the command line answers otherwise, as ``steps`` where ``--epochs`` is typed."""
+    for one, other in [*EXCLUSIVE, *((other, one) for one, other in EXCLUSIVE)]:
+        if getattr(typed, one) and not getattr(typed, other):
+            setattr(args, other, None)
+
+
+def _check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
+    for flag in REQUIRED[args.command]:
+        if getattr(args, flag) is None:
+            raise ValueError(f"--{flag} is required, on the command line or in the sweep file")
+    if args.command != "refit":
+        for flag in OF_A_REFIT:
+            if getattr(typed, flag) is not None:
+                raise ValueError(f"--{flag} is for refit; {args.command} does not read it")
+    if args.command == "refit":
+        for flag in OF_THE_SEARCH:
+            if getattr(typed, flag) is not None:
+                raise ValueError(f"--{flag} means nothing to refit, which takes it from the search; leave it out")
