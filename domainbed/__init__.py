@@ -26,10 +26,19 @@ The modules in the order in which data flows; each imports only from those above
     evaluation                     5  where any algorithm looks; which images are explained; heatmaps -> how faithful
                                       and well placed; algorithm, split -> average, per-group and worst-group numbers
     records, explanation_records,
-    cards, run_directory, training 6  one JSON line per checkpoint; what a dataset holds; a run's directory; the loop
+    cards                             one JSON line per checkpoint; what a dataset holds
+    holders, claims, run_directory,
+    states, interruption,
+    state_trees, snapshots,
+    training                       6  who works in a run's directory, and what became of the run; requests to end;
+                                      everything that a run needs to go on; the loop
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
     tables, figures                8  chosen runs -> text, images
-    jobs, command_launchers        9  sweep -> jobs; jobs -> machines
+    commands, jobs, refit,
+    job_lists, status_tables, plans   sweep -> jobs; which a directory has; how they stand; what they will take
+    children, fork_server, pool,
+    slurm_tasks, slurm,
+    command_launchers              9  processes that run jobs, on this machine and on a cluster
     saved_models                      a run's model, with its dataset and splits, as it was trained
     scripts/                          the verbs: parse, call, print
 

@@ -77,11 +77,13 @@ def predictions(
     """
     predicted, true = [], []
     algorithm.eval()
-    with torch.no_grad(), autocast(device, precision):
-        for x, y in evaluation_batches(environment, keys, num_workers, device):
-            predicted.append(predicted_labels(algorithm.predict(x)))
-            true.append(torch.as_tensor(y))
-    algorithm.train()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for x, y in evaluation_batches(environment, keys, num_workers, device):
+                predicted.append(predicted_labels(algorithm.predict(x)))
+                true.append(torch.as_tensor(y))
+    finally:
+        algorithm.train()
     return torch.cat(predicted).cpu().numpy(), torch.cat(true).cpu().numpy()
 
 

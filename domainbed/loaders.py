@@ -5,13 +5,14 @@ drawn before, so a method and its control see the same examples.
 """
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, get_worker_info
 
 from domainbed import machine
 from domainbed.datasets.base import (
@@ -130,10 +131,19 @@ class _Items(Dataset[tuple[Any, ...]]):
 
     def _read(self, environment: Any, key: int, draw: Sequence[int]) -> tuple[Any, Any]:
         if not self.late:
+            if draw and get_worker_info() is not None:  # a worker's generators are in no snapshot
+                self._seed_globals(draw)
             x, y = environment[key][:2]
             return x, y
         environment, key = locate(environment, key)
         return environment.read(key, self._rng(draw)), int(environment.y[key])
+
+    def _seed_globals(self, draw: Sequence[int]) -> None:
+        """Puts the generators that a dataset's own transforms draw from into the state of a ``(step, row)``."""
+        seed = int(np.random.SeedSequence([self.seed, *draw]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
     def _rng(self, draw: Sequence[int]) -> np.random.Generator | None:
         """The generator of a ``(step, row)``, always in its first state: image and mask get equal draws."""
@@ -158,13 +168,13 @@ def _to(x: Any, device: torch.device | str) -> Any:
 
 
 class _Steps(Sampler[list[tuple[int, int, int]]]):
-    """``(position, step, row)`` of the rows of step after step, without end."""
+    """``(position, step, row)`` of the rows of step after step from the first one on, without end."""
 
-    def __init__(self, draw: Callable[[int], Integers]):
-        self.draw = draw
+    def __init__(self, draw: Callable[[int], Integers], first: int):
+        self.draw, self.first = draw, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step in itertools.count():
+        for step in itertools.count(self.first):
             yield [(position, step, row) for row, position in enumerate(self.draw(step).tolist())]
 
 
@@ -224,12 +234,18 @@ class TrainingLoader:
         return np.concatenate(drawn)
 
     def __iter__(self) -> Iterator[list[Minibatch]]:
+        return self.start_at(0)
+
+    def start_at(self, first: int) -> Iterator[list[Minibatch]]:
+        """The minibatches of a step and of all after it."""
         if all(indexes_tensors(split.environment) for split in self.splits):
-            for step in itertools.count():
+            for step in itertools.count(first):
                 yield self._minibatches(*self._gather(self.draw(step)))
         environments, keys = [split.environment for split in self.splits], [split.keys for split in self.splits]
         items = _Items(environments, keys, self.seed, self.with_masks)
-        for x, y, positions, *m in _opened(items, self.num_workers, self.device, batch_sampler=_Steps(self.draw)):
+        for x, y, positions, *m in _opened(
+            items, self.num_workers, self.device, batch_sampler=_Steps(self.draw, first)
+        ):
             yield self._minibatches(items.finish(x, self.device), y, positions, *m)
 
     def _gather(self, positions: Integers) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """One JSON line per checkpoint: every record key is spelled here; writing, tolerant reading."""
 
+import errno
 import json
 import logging
 import os
@@ -267,12 +268,26 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 
 def append(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Appends one line in a single write and syncs it, so that a kill leaves at most one torn last line."""
+    """Appends one line in a single write and syncs it, so that a kill leaves at most one torn last line.
+
+    A line that was torn before is closed first. What can't be written whole, on a full disk, is taken back.
+
+    Raises:
+        OSError: nothing was written.
+    """
     line = (dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,21 +1,15 @@
-"""The directory of one run: who works in it, whose run it holds, and when it is complete."""
+"""The directory of one run: whose run it holds, when it is complete, and how a file is written whole."""
 
-import errno
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from domainbed import explanation_records, records
 
-LOCK_FILE = "lock"
-EXIT_LOCKED = 73  # another process is running here
-
-
-class RunLocked(RuntimeError):
-    """Another process holds this run's directory."""
+FAILED_FILE = "failed"
+SNAPSHOT_FILES = ("snapshot.pkl", "snapshot_previous.pkl")
 
 
 def is_done(directory: str | os.PathLike[str]) -> bool:
@@ -23,8 +17,42 @@ def is_done(directory: str | os.PathLike[str]) -> bool:
 
 
 def mark_done(directory: str | os.PathLike[str]) -> None:
-    """Writes the four bytes that say: complete. The last thing a run does."""
-    Path(directory, records.DONE_FILE).write_text("done", encoding="utf-8")
+    """Writes the four bytes that say: complete. The last thing a run does; then its snapshots are of no use."""
+    with whole(Path(directory, records.DONE_FILE)) as file:
+        file.write(b"done")
+    for name in (*SNAPSHOT_FILES, FAILED_FILE):
+        Path(directory, name).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path, keep_as: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that is seen whole or not at all, also after a kill or a power cut.
+
+    Args:
+        keep_as: where a file that it replaces goes.
+    """
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if keep_as is not None and path.exists():
+        os.replace(path, keep_as)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(directory: str | os.PathLike[str]) -> None:
+    """Makes the directory's entries durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prepare(directory: str | os.PathLike[str]) -> None:
@@ -44,40 +72,10 @@ def prepare(directory: str | os.PathLike[str]) -> None:
         raise PermissionError(f"--output_dir {directory} is not writable; change its mode or name another")
 
 
-@contextmanager
-def lock(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the directory for this process; the lock vanishes with the process, however it ends.
-
-    A POSIX record lock, because a flock would survive in forked loader workers.
-
-    Raises:
-        RunLocked: another process on this file system holds it.
-    """
-    with open(Path(directory, LOCK_FILE), "a", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise RunLocked(f"another process is running in {directory}") from error
-        yield
-
-
-def is_running(directory: str | os.PathLike[str]) -> bool:
-    """Whether another process holds the directory's lock (don't ask from the process that holds it)."""
-    if not Path(directory, LOCK_FILE).exists():
-        return False
-    try:
-        with lock(directory):
-            return False
-    except RunLocked:
-        return True
-
-
 def clear(directory: str | os.PathLike[str]) -> None:
     """Removes a run's results, the sign of completeness first."""
-    files = (records.DONE_FILE, records.RESULTS_FILE, explanation_records.EXPLANATIONS_FILE)
-    for pattern in (*files, "model*.pkl", "model*.pkl.partial"):
+    files = (records.DONE_FILE, records.RESULTS_FILE, explanation_records.EXPLANATIONS_FILE, FAILED_FILE)
+    for pattern in (*files, "model*.pkl", "snapshot*.pkl", "*.partial"):
         for path in Path(directory).glob(pattern):
             path.unlink()
 
@@ -105,7 +103,11 @@ def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any], d
                 f"{path} holds no run of ours; name another --output_dir, or pass --overwrite to replace it"
             )
         return
-    theirs = {**defaults, **stored[0]["args"]}
+    refuse_other_run(directory, {**defaults, **stored[0]["args"]}, args)
+
+
+def refuse_other_run(directory: str | os.PathLike[str], theirs: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    """Raises ValueError if the run in the directory has other arguments; names each one that differs."""
     differing = [
         f"{key}: {theirs.get(key)!r} there, {args.get(key)!r} now"
         for key in sorted(args.keys() | theirs.keys())

@@ -4,21 +4,22 @@ import ctypes
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed import records
+from domainbed import interruption, records, run_directory
 from domainbed.algorithms.base import Task
-from domainbed.evaluation import autocast, evaluate
+from domainbed.evaluation import Accuracy, autocast, evaluate
 from domainbed.loaders import Minibatch
 from domainbed.splits import Split
+
+Measured: TypeAlias = dict[tuple[int, str], tuple[float, dict[int, float], dict[int, int]]]  # an Accuracy's values
 
 MODEL_FILE = "model.pkl"
 BEST_MODEL_FILE = "model_best.pkl"
@@ -48,6 +49,13 @@ class Plan:
     precision: str = "fp32"
     num_workers: int = 0
     training_counts: tuple[int, ...] = ()
+
+    def unmeasured(self, measured: Container[tuple[int, str]]) -> Iterator[list[Split]]:
+        """The splits of each environment that is not measured yet."""
+        for env in dict.fromkeys(split.env for split in self.splits):
+            splits = [split for split in self.splits if split.env == env]
+            if not all((split.number, split.kind) in measured for split in splits):
+                yield splits
 
 
 class EarlyStopping:
@@ -102,42 +110,109 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+@dataclass
+class Progress:
+    """How far a run is: with the algorithm and the random states, all that the loop needs to go on.
+
+    Attributes:
+        step: the step that is under way, or comes next.
+        updated: its update is done; what remains is to measure and record it.
+        values: what the updates since the last record returned, by name, and their times.
+        measured: accuracies for the record under way, by split.
+        best: highest validation score of a record.
+        stopped: the training was ended before its last step.
+    """
+
+    step: int = 0
+    updated: bool = False
+    values: dict[str, list[float]] = field(default_factory=dict)
+    measured: Measured = field(default_factory=dict)
+    best: float = -math.inf
+    stopped: bool = False
+
+    @property
+    def updates(self) -> int:
+        """How many updates are done."""
+        return self.step + self.updated
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Keeps what one update returned until the next record."""
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(float(value))
+
+    def means(self) -> dict[str, float]:
+        """The mean of each kind of value."""
+        return {name: float(np.mean(numbers)) for name, numbers in self.values.items()}
+
+
 def train(
     algorithm: Any,
     minibatches: Iterator[list[Minibatch]],
     unlabeled: Iterator[list[Tensor]] | None,
     plan: Plan,
     device: torch.device,
-) -> Iterator[dict[str, Any]]:
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any] | None]:
     """Trains the algorithm and yields one record per checkpoint, while the next steps wait.
 
     A record holds step, epoch, the means since the last record of what ``update`` returned and of the step's time
     (seconds, waiting for data included), the accuracies of ``plan.splits`` and the peak of GPU memory.
-    """
-    values = defaultdict(list)
-    for step in range(plan.steps):
-        start = time.perf_counter()
-        batch = next(minibatches)
-        extra = None if unlabeled is None else next(unlabeled)
-        with autocast(device, plan.precision):
-            step_values = algorithm.update(batch, extra)
-        values["step_time"].append(time.perf_counter() - start)
-        for name, value in step_values.items():
-            values[name].append(float(value))
 
-        if step % plan.checkpoint_freq == 0 or step == plan.steps - 1:
-            record = {"step": step, "epoch": step / plan.steps_per_epoch}
-            record |= {name: float(np.mean(numbers)) for name, numbers in values.items()}
-            record |= measurements(algorithm, plan, device)
-            record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-            values.clear()
+    Between the records it yields None wherever algorithm and progress agree, so that they may be written down: after
+    each update, and after each environment that is measured.
+
+    Args:
+        minibatches, unlabeled: begin with those of step ``progress.updates``.
+        progress: where to go on; it is kept up to date. Default: the first step.
+    """
+    progress = Progress() if progress is None else progress
+    while progress.step < plan.steps:
+        if not progress.updated:
+            progress.add(_update(algorithm, minibatches, unlabeled, plan, device))
+            progress.updated = True
+            yield None
+        record = None
+        if progress.step % plan.checkpoint_freq == 0 or progress.step == plan.steps - 1:
+            for splits in plan.unmeasured(progress.measured):
+                progress.measured |= measure(algorithm, splits, plan, device)
+                yield None
+            record = _record(progress, plan, device)
+        progress.step, progress.updated = progress.step + 1, False
+        if record is not None:
             yield record
 
 
-def measurements(algorithm: Any, plan: Plan, device: torch.device) -> dict[str, float | int]:
-    """The record keys of the accuracies of the plan's splits."""
-    found = evaluate(algorithm, plan.splits, plan.num_confounders, device, plan.precision, plan.num_workers)
-    return records.accuracies(found, plan.num_classes * plan.num_confounders, plan.training_counts)
+def _update(
+    algorithm: Any,
+    minibatches: Iterator[list[Minibatch]],
+    unlabeled: Iterator[list[Tensor]] | None,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What one update returned, and how long it took, waiting for its data included."""
+    start = time.perf_counter()
+    batch = next(minibatches)
+    extra = None if unlabeled is None else next(unlabeled)
+    with autocast(device, plan.precision):
+        values: dict[str, Any] = algorithm.update(batch, extra)
+    return {"step_time": time.perf_counter() - start, **values}
+
+
+def measure(algorithm: Any, splits: Sequence[Split], plan: Plan, device: torch.device) -> Measured:
+    """Accuracies of the splits of one environment; a request to end interrupts it."""
+    with interruption.at_once():
+        found = evaluate(algorithm, splits, plan.num_confounders, device, plan.precision, plan.num_workers)
+    return {place: (accuracy.average, accuracy.groups, accuracy.counts) for place, accuracy in found.items()}
+
+
+def _record(progress: Progress, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """The record of the step under way, with which the progress's values and measurements begin anew."""
+    accuracies = {place: Accuracy(*values) for place, values in progress.measured.items()}
+    record = {"step": progress.step, "epoch": progress.step / plan.steps_per_epoch, **progress.means()}
+    record |= records.accuracies(accuracies, plan.num_classes * plan.num_confounders, plan.training_counts)
+    record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    progress.values, progress.measured = {}, {}
+    return record
 
 
 def save_model(
@@ -154,6 +229,5 @@ def save_model(
         "task": task.to_dict(),
         **more,
     }
-    temporary = Path(f"{os.fspath(path)}.partial")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with run_directory.whole(Path(path)) as file:
+        torch.save(content, file)

@@ -23,11 +23,11 @@ LAYERS = [
     ["feature_maps"], ["branches"], ["attribution"], ["masking"], ["similarities"], ["maskers"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"],
     ["explainers", "subsets", "explanation_metrics"], ["evaluation"], ["records"], ["explanation_records"], ["cards"],
-    ["lib.reporting"], ["claims"], ["run_directory"], ["states"], ["interruption"], ["snapshots"], ["training"],
-    ["rows"], ["model_selection"], ["pairs"], ["tables"], ["group_tables"],
+    ["lib.reporting"], ["holders"], ["claims"], ["run_directory"], ["states"], ["interruption"], ["state_trees"],
+    ["snapshots"], ["training"], ["rows"], ["model_selection"], ["pairs"], ["tables"], ["group_tables"],
     ["control_tables", "screening_tables", "explanation_tables", "figures"], ["sweep_rows"], ["commands"], ["jobs"],
-    ["refit"], ["job_lists"], ["status_tables", "plans"], ["children"], ["slurm"], ["command_launchers"],
-    ["saved_models"],
+    ["refit"], ["job_lists"], ["status_tables", "plans"], ["children", "fork_server"], ["pool"], ["slurm_tasks"],
+    ["slurm"], ["command_launchers"], ["saved_models"],
     ["scripts"],
 ]  # fmt: skip
 EDGE = {"scripts"}  # where names may stand as defaults of flags

@@ -2,13 +2,14 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from domainbed import algorithms, datasets, hparams_registry, partitions, registry, similarities
+from domainbed import algorithms, datasets, hparams_registry, partitions, registry, similarities, snapshots, state_trees
 from domainbed.algorithms.base import Task
 from domainbed.loaders import TrainingLoader
 from domainbed.splits import Split, split_environments, training_splits
@@ -79,6 +80,27 @@ def test_state_dicts_load_into_a_fresh_instance(name: str, splits: list[Split]) 
     x, _ = splits[0].environment[torch.arange(5)]
     trained.eval(), fresh.eval()
     assert torch.equal(trained.predict(x), fresh.predict(x))
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_a_snapshot_goes_on_in_a_fresh_instance(name: str, splits: list[Split], tmp_path: Path) -> None:
+    """Two updates, a file, two more; the fresh instance comes with other weights and random numbers of its own."""
+    whole, loader = build(name, "group", splits)
+    minibatches = list(islice(loader, 4))
+    for step in minibatches[:2]:
+        whole.update(step, None)
+    torch.save([state_trees.capture(whole), snapshots.random_states()], tmp_path / "file")
+    values = [whole.update(step, None) for step in minibatches[2:]]
+
+    fresh, _ = build(name, "group", splits)
+    tree, states = torch.load(tmp_path / "file", weights_only=True)
+    fresh.update(minibatches[3], None)
+    state_trees.restore(tree, fresh)
+    snapshots.set_random_states(states)
+    assert [fresh.update(step, None) for step in minibatches[2:]] == values
+    ours, theirs = fresh.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("name", algorithms.ALGORITHMS)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,31 +58,28 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
         run_directory.prepare(tmp_path)
 
 
-HOLD = """
-import sys
-from domainbed import run_directory
-with run_directory.lock(sys.argv[1]):
-    print("held", flush=True)
-    input()
-"""
+def test_a_file_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+    place, before = tmp_path / "file", tmp_path / "before"
+    for content in (b"one", b"two"):
+        with run_directory.whole(place, keep_as=before) as file:
+            file.write(content)
+            assert place.exists() == (content == b"two")
+    assert (place.read_bytes(), before.read_bytes()) == (b"two", b"one")
+    with pytest.raises(TypeError), run_directory.whole(place) as file:
+        file.writelines([b"three", "four"])  # type: ignore[list-item]  # fails in the middle
+    assert place.read_bytes() == b"two"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "file"]
 
 
-def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
-    assert not run_directory.is_running(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=-1, stdout=-1, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        assert run_directory.is_running(tmp_path)
-        with pytest.raises(run_directory.RunLocked), run_directory.lock(tmp_path):
-            pass
-        holder.kill()
-    assert not run_directory.is_running(tmp_path)
-    with run_directory.lock(tmp_path):
-        pass
+def test_what_is_done_needs_no_snapshot(tmp_path: Path) -> None:
+    for name in ("snapshot.pkl", "snapshot_previous.pkl", "failed", "model.pkl"):
+        (tmp_path / name).write_text("")
+    run_directory.mark_done(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "model.pkl"]
 
 
 def test_clear_removes_results_only(tmp_path: Path) -> None:
-    models = ["model.pkl", "model_best.pkl", "model_step5.pkl", "model.pkl.partial"]
+    models = ["model.pkl", "model_best.pkl", "model_step5.pkl", "model.pkl.partial", "snapshot.pkl", "failed"]
     for name in ["done", "results.jsonl", *models, "out.txt", "mine.txt"]:
         (tmp_path / name).write_text("")
     run_directory.clear(tmp_path)

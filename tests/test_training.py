@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import numpy as np
@@ -39,12 +40,17 @@ def plan(**options) -> training.Plan:
                             "num_classes": 2, "num_confounders": 2} | options)  # fmt: skip
 
 
+def trained(*args, **options):
+    """The records."""
+    return [record for record in training.train(*args, **options) if record is not None]
+
+
 def minibatches():
     return itertools.repeat([Minibatch(torch.zeros(2, 1), torch.zeros(2).long(), c=torch.zeros(2))])
 
 
 def test_cadence_means_and_measurements() -> None:
-    records = list(training.train(Counting(), minibatches(), None, plan(), CPU))
+    records = trained(Counting(), minibatches(), None, plan(), CPU)
     assert [r["step"] for r in records] == [0, 3, 6, 7]
     assert [r["epoch"] for r in records] == [0, 1.5, 3, 3.5]
     assert [r["number"] for r in records] == [0, 2, 5, 7]  # means over the steps since the last record
@@ -66,13 +72,13 @@ def test_cadence_means_and_measurements() -> None:
 )
 def test_domainbeds_cadence(steps: int, freq: int, expected: list[int]) -> None:
     fast = plan(steps=steps, checkpoint_freq=freq, splits=[])
-    assert [r["step"] for r in training.train(Counting(), minibatches(), None, fast, CPU)] == expected
+    assert [r["step"] for r in trained(Counting(), minibatches(), None, fast, CPU)] == expected
 
 
 def test_what_update_gets() -> None:
     algorithm = Counting()
     unlabeled = itertools.repeat([torch.ones(3)])
-    list(training.train(algorithm, minibatches(), unlabeled, plan(steps=1), CPU))
+    trained(algorithm, minibatches(), unlabeled, plan(steps=1), CPU)
     (minibatch,), (x,) = algorithm.last
     assert torch.equal(minibatch.c, torch.zeros(2))
     assert torch.equal(x, torch.ones(3))
@@ -125,3 +131,21 @@ def test_it_says_what_it_waited_for() -> None:
 def test_numbers_that_make_no_sense_are_refused(patience, min_delta) -> None:
     with pytest.raises(ValueError, match=f"patience {patience} and min_delta {min_delta}"):
         training.EarlyStopping(patience, min_delta)
+
+
+def test_wherever_it_pauses_a_copy_goes_on_alike() -> None:
+    """Without random numbers, algorithm and progress are all that there is."""
+    whole = trained(Counting(), minibatches(), None, plan(), CPU)
+    algorithm, progress, records, pauses = Counting(), training.Progress(), [], []
+    for record in training.train(algorithm, minibatches(), None, plan(), CPU, progress):
+        records += [] if record is None else [record]
+        pauses.append((copy.deepcopy(algorithm), copy.deepcopy(progress), len(records)))
+    assert len(pauses) == 8 + 4 + 4  # updates, measured environments, records
+    for copied, there, before in pauses:
+        rest = trained(copied, minibatches(), None, plan(), CPU, progress=there)
+        assert [without_time(r) for r in rest] == [without_time(r) for r in whole[before:]]
+        assert copied.calls == 8
+
+
+def without_time(record):
+    return {key: value for key, value in record.items() if key != "step_time"}

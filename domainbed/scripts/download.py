@@ -6,10 +6,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from domainbed import messages, registry, releases
+from domainbed.claims import RunLocked, lock
 from domainbed.datasets.archives import ARCHIVES
 from domainbed.downloading import Archive, Progress
 from domainbed.releases import Release
-from domainbed.run_directory import RunLocked, lock
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 

@@ -1,14 +1,17 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
+import errno
 import inspect
+import logging
 import math
+import os
 import platform
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,73 +20,137 @@ import numpy as np
 import torch
 
 from domainbed import (
+    claims,
     datasets,
-    explanation_records,
+    interruption,
     mask_files,
     notices,
     partitions,
-    records,
     run_directory,
-    saved_models,
+    snapshots,
+    states,
     training,
 )
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
-from domainbed.console import Tee, print_row
-from domainbed.evaluation import ExplanationPlan, explanations
+from domainbed.console import Tee
 from domainbed.explainers import Explainer
-from domainbed.explanation_tables import run_table
 from domainbed.loaders import TrainingLoader, group_counts
-from domainbed.scripts import BadInput, bad_input, run_cli
+from domainbed.scripts import BAD_INPUT_STATUS, BadInput, bad_input, run_cli
 from domainbed.scripts.train_arguments import defaults, parser, resolve
+from domainbed.scripts.train_execution import Execution, Run
 from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
+from domainbed.state_trees import NotResumable
+
+logger = logging.getLogger(__name__)
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one training; returns the exit status."""
+    """Runs one training, or goes on with it; returns the exit status."""
     args = vars(parser().parse_args(argv))
-    overwrite = args.pop("overwrite")
+    directory, overwrite, save_every_s = args["output_dir"], args.pop("overwrite"), args.pop("save_every_s")
     with bad_input():
-        run_directory.prepare(args["output_dir"])
+        run_directory.prepare(directory)
     try:
-        with run_directory.lock(args["output_dir"]):
-            return _run(args, overwrite)
-    except run_directory.RunLocked as error:
+        with interruption.listen(), claims.claim(directory, on_stop=_ask_to_end, on_lost=_end_at_once) as claim:
+            return _run(args, overwrite, save_every_s, claim)
+    except claims.RunLocked as error:
         print(f"error: {error}; wait for it, or name another --output_dir", file=sys.stderr)
-        return run_directory.EXIT_LOCKED
+        return claims.EXIT_LOCKED
+    except interruption.Preempted as error:
+        print(f"{error}: saved, to go on where it was: run the same command again", file=sys.stderr)
+        return interruption.EXIT_PREEMPTED
 
 
-def _run(args: dict[str, Any], overwrite: bool) -> int:
-    output_dir = Path(args["output_dir"])
+def _ask_to_end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_at_once() -> None:
+    """Nothing may be written any more into a directory that another process has taken over."""
+    print("another process has taken this run over, since this one did not move for a while", file=sys.stderr)
+    os._exit(claims.EXIT_LOCKED)
+
+
+def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: claims.Claim) -> int:
+    directory = Path(args["output_dir"])
     try:
         with bad_input():
             hparams = resolve(args)
             if not overwrite:
-                run_directory.check_same_run(output_dir, args, defaults(args))
+                run_directory.check_same_run(directory, args, defaults(args))
     except BadInput as error:
-        if run_directory.is_fresh(output_dir):  # nothing is written into another run's directory
-            (output_dir / "err.txt").write_text(f"error: {error}\n", encoding="utf-8")
+        if run_directory.is_fresh(directory):  # nothing is written into another run's directory
+            (directory / "err.txt").write_text(f"error: {error}\n", encoding="utf-8")
+            states.write_failure(directory, str(error), BAD_INPUT_STATUS)
         raise
-    if run_directory.is_done(output_dir) and not overwrite:
-        print(f"already done: {output_dir} (--overwrite runs it again)")
+    if run_directory.is_done(directory) and not overwrite:
+        print(f"already done: {directory} (--overwrite runs it again)")
         return 0
-    with _kept_output(output_dir):
+    with _kept_failure(directory), _kept_output(directory):
         _print_header(args, hparams)
         with bad_input():
-            run = build(args, hparams)
-        run_directory.clear(output_dir)  # an unfinished run of the same arguments starts over, and repeats itself
-        execute(run)
-    run_directory.mark_done(output_dir)
+            execution = begin(args, hparams, overwrite, claim, save_every_s)
+        execution.finish()
+    run_directory.mark_done(directory)
     return 0
+
+
+def begin(
+    args: dict[str, Any], hparams: dict[str, Any], overwrite: bool, claim: claims.Claim, save_every_s: float
+) -> Execution:
+    """The run as it was when its last snapshot was written, or else, and to overwrite it, at its first step.
+
+    Raises:
+        ValueError, FileNotFoundError: see ``build``; or the snapshot is another run's.
+    """
+    directory = args["output_dir"]
+    if not overwrite and (content := snapshots.load(directory, args)) is not None:
+        execution = Execution(build(args, hparams), claim, save_every_s)
+        try:
+            execution.resume(content)
+            return execution
+        except NotResumable as error:
+            logger.warning("the run starts over: %s", error)
+    execution = Execution(build(args, hparams), claim, save_every_s)
+    run_directory.clear(directory)
+    return execution
+
+
+@contextmanager
+def _kept_failure(directory: Path) -> Iterator[None]:
+    """Writes down what the run failed of, in one line; a failure while somebody asks it to end is no failure."""
+    (directory / run_directory.FAILED_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except (interruption.Preempted, claims.Lost):
+        raise
+    except Exception as error:
+        if interruption.requested():
+            raise interruption.Preempted(f"not saved ({error})") from error
+        if not run_directory.is_done(directory):  # an old run, overwritten in vain
+            states.write_failure(directory, in_a_line(error), BAD_INPUT_STATUS if isinstance(error, BadInput) else 1)
+        raise
+
+
+def in_a_line(error: Exception) -> str:
+    """What went wrong; lack of memory and of disk space by their names."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, BadInput) else f"{type(error).__name__}: {text}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: {text}; take a smaller batch_size, or fewer jobs at a time"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return f"the disk is full: {text}; free some space and run it again, it goes on from its last snapshot"
+    return text
 
 
 @contextmanager
 def _kept_output(output_dir: Path) -> Iterator[None]:
     """Copies what is printed to out.txt and err.txt, and writes the traceback of an error to the latter."""
-    out, err = Tee(output_dir / "out.txt"), Tee(output_dir / "err.txt", mode="w", stream=sys.stderr)
+    out, err = Tee(output_dir / "out.txt"), Tee(output_dir / "err.txt", stream=sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
@@ -102,22 +169,6 @@ def _print_header(args: dict[str, Any], hparams: dict[str, Any]) -> None:
         print(f"{title}:")
         for name, value in sorted(values.items()):
             print(f"\t{name}: {value}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that one training needs."""
-
-    args: dict[str, Any]
-    hparams: dict[str, Any]
-    task: Task
-    algorithm: Any
-    minibatches: TrainingLoader
-    unlabeled: TrainingLoader | None
-    validation: Sequence[Split]
-    plan: training.Plan
-    stopping: training.EarlyStopping | None
-    device: torch.device
 
 
 def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
@@ -302,57 +353,6 @@ def build_loader(
     )
 
 
-def execute(run: Run) -> None:
-    """Trains; appends the records, prints them, and writes the models."""
-    output_dir, best = Path(run.args["output_dir"]), -math.inf
-    constants = {"hparams": run.hparams, "args": run.args}
-    columns: list[str] = []
-
-    def save(name: str, **more: Any) -> None:
-        training.save_model(output_dir / name, run.algorithm, run.task, run.hparams, run.args, **more)
-
-    unlabeled = None if run.unlabeled is None else ([x for x, _ in step] for step in run.unlabeled)
-    for record in training.train(run.algorithm, iter(run.minibatches), unlabeled, run.plan, run.device):
-        records.append(output_dir / records.RESULTS_FILE, record | constants)
-        columns = print_record(record, columns)
-        score = validation_score(record, run.validation)
-        if run.args["keep_best"] and score > best:
-            best = score
-            save(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
-        if run.args["save_model_every_checkpoint"]:
-            save(f"model_step{record['step']}.pkl", step=record["step"])
-        if run.stopping is not None and run.stopping.is_over(score, record["step"]):
-            print(f"stopped early after step {record['step']}: {run.stopping}")
-            break
-    if not run.args["skip_model_save"]:
-        save(training.MODEL_FILE, step=record["step"])
-    if run.args["explain"]:
-        explain(run, record["step"])
-
-
-def explain(run: Run, step: int) -> None:
-    """Measures explanations on the test environments' in-splits: of the best model if it was kept, else the last."""
-    directory, model = Path(run.args["output_dir"]), "" if run.args["skip_model_save"] else training.MODEL_FILE
-    if (best := directory / training.BEST_MODEL_FILE).exists():
-        saved = saved_models.load(best, run.device)
-        run.algorithm.load_state_dict(saved["model_dict"])
-        model, step = best.name, saved["step"]
-    plan, training_plan = ExplanationPlan(run.args["explain"]), run.plan
-    num_confounders = training_plan.num_confounders
-    tested = [split for split in training_plan.splits if split.kind == "in" and split.env in run.args["test_envs"]]
-    measured = explanations(run.algorithm, tested, num_confounders, run.device, plan, training_plan.num_workers)
-    settings = explanation_records.Settings.of(plan, model, step)
-    num_groups = training_plan.num_classes * num_confounders
-    line = explanation_records.write(directory, run.args, settings, plan.fills, measured, num_groups)
-    print(run_table(line), end="")
-
-
-def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> float:
-    """(AA + WGA) / 2 of all validation images together; NaN where they or their groups are not known."""
-    pooled = records.pooled(record, [(split.number, split.kind) for split in validation])
-    return math.nan if pooled is None else records.aa_wga(*pooled)
-
-
 def seed_everything(seed: int) -> None:
     """Python's, numpy's and torch's generators; deterministic convolutions."""
     random.seed(seed)
@@ -360,15 +360,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def print_record(record: dict[str, Any], columns: list[str]) -> list[str]:
-    """Prints the record's row, under a header row if its columns are new; per-group numbers stay in the file."""
-    shown = sorted(key for key in record if not records.is_group_key(key))
-    if shown != columns:
-        print_row(shown, colwidth=12)
-    print_row([record[key] for key in shown], colwidth=12)
-    return shown
 
 
 if __name__ == "__main__":

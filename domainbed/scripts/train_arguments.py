@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from domainbed import datasets, hparams_registry, input_pipelines, overrides, partitions
+from domainbed import datasets, hparams_registry, input_pipelines, overrides, partitions, snapshots
 from domainbed.algorithms import get_algorithm_class
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.seeding import seed_hash
@@ -86,6 +86,14 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="in the end, measure the explanations of N images of each test environment (docs/explanations.md)",
+    )
+    p.add_argument(
+        "--save_every_s",
+        type=float,
+        default=snapshots.DEFAULT_SAVE_EVERY_S,
+        metavar="S",
+        help="seconds between two snapshots, from which a killed run goes on; at least 50 times as long as one takes; "
+        "0: one after every update",
     )
     p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
 

@@ -14,7 +14,7 @@ from domainbed import algorithms, datasets
 from domainbed.algorithms.base import Task, masks
 from domainbed.datasets.debug import Debug28
 from domainbed.rows import Row
-from domainbed.scripts import BadInput, train
+from domainbed.scripts import BadInput, train, train_execution
 
 QUICK = [
     "--dataset",
@@ -156,8 +156,8 @@ def test_an_unfinished_run_starts_over_without_doubling_records(tmp_path: Path) 
 def test_a_directory_that_another_process_works_in(tmp_path: Path) -> None:
     hold = """
 import sys
-from domainbed import run_directory
-with run_directory.lock(sys.argv[1]):
+from domainbed import claims
+with claims.claim(sys.argv[1]):
     print("held", flush=True)
     input()
 """
@@ -166,7 +166,7 @@ with run_directory.lock(sys.argv[1]):
         holder.stdout.readline()
         assert train.main([*QUICK, "--output_dir", str(tmp_path)]) == 73
         holder.kill()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claim.1", "lock"]
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_training_ends_when_the_validation_score_stops_rising(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.1, 0.3, 0.45, 0.6, 0.7])  # .45 counts, .6 and .7 do not, being .15 and .25 above it
-    monkeypatch.setattr(train, "validation_score", lambda *_: next(scores))
+    monkeypatch.setattr(train_execution, "validation_score", lambda *_: next(scores))
     flags = ["--dataset", "DigitsSubpop", "--steps", "20", "--keep_best", "aa_wga"]
     records = run(tmp_path, *flags, "--hparams", PATIENT)
     assert [record["step"] for record in records] == [0, 2, 4, 6, 8]

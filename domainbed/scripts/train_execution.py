@@ -1,0 +1,191 @@
+"""One training, from its first step or from a snapshot, to its models."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from domainbed import (
+    explanation_records,
+    interruption,
+    records,
+    saved_models,
+    snapshots,
+    training,
+)
+from domainbed.algorithms.base import Task
+from domainbed.claims import Claim
+from domainbed.console import print_row
+from domainbed.evaluation import ExplanationPlan, explanations
+from domainbed.explanation_tables import run_table
+from domainbed.loaders import TrainingLoader
+from domainbed.splits import Split
+from domainbed.state_trees import NotResumable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one training needs."""
+
+    args: dict[str, Any]
+    hparams: dict[str, Any]
+    task: Task
+    algorithm: Any
+    minibatches: TrainingLoader
+    unlabeled: TrainingLoader | None
+    validation: Sequence[Split]
+    plan: training.Plan
+    stopping: training.EarlyStopping | None
+    device: torch.device
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.args["output_dir"])
+
+
+class Execution:
+    """A run under way.
+
+    Args:
+        run: freshly built.
+        claim: on the run's directory.
+        save_every_s: seconds between two snapshots (``snapshots.Schedule``).
+    """
+
+    def __init__(self, run: Run, claim: Claim, save_every_s: float):
+        self.run, self.claim = run, claim
+        self.progress = training.Progress()
+        self.schedule = snapshots.Schedule(save_every_s)
+        self.resumable = True
+        self.columns: list[str] = []
+
+    def resume(self, content: dict[str, Any]) -> None:
+        """Goes on from a snapshot.
+
+        Raises:
+            NotResumable: it doesn't fit the algorithm, which is of no use from then on.
+        """
+        snapshots.restore(content, self.run.algorithm, [self.progress, self.run.stopping])
+        for pattern in (explanation_records.EXPLANATIONS_FILE, "*.partial"):
+            for path in self.run.directory.glob(pattern):
+                path.unlink()
+        print(f"resumed after {self.progress.updates} of {self.run.plan.steps} updates")
+
+    def finish(self) -> None:
+        """Trains to the end and writes the models.
+
+        Raises:
+            Preempted: somebody asked to end; a snapshot is written.
+        """
+        try:
+            self._train()
+        except interruption.Preempted:
+            self.save()
+            raise
+        if not self.run.args["skip_model_save"]:
+            self._save_model(training.MODEL_FILE, step=self.progress.step - 1)
+        if self.run.args["explain"]:
+            self.save()  # explaining is not resumed halfway
+            with interruption.at_once():
+                explain(self.run, self.progress.step - 1)
+        self.claim.check()
+
+    def _train(self) -> None:
+        run, progress = self.run, self.progress
+        unlabeled = None
+        if run.unlabeled is not None:
+            unlabeled = ([x for x, _ in step] for step in run.unlabeled.start_at(progress.updates))
+        if progress.stopped:
+            return
+        minibatches = run.minibatches.start_at(progress.updates)
+        for record in training.train(run.algorithm, minibatches, unlabeled, run.plan, run.device, progress):
+            if record is not None:
+                self._keep(record)
+                if progress.stopped:
+                    return
+            self._pause()
+
+    def _pause(self) -> None:
+        """Between two steps, all is in order."""
+        self.claim.report(self.progress.updates, self.run.plan.steps)
+        interruption.check()
+        if self.schedule.is_due():
+            self.save()
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        """Writes a record, and the models that it asks for."""
+        run, progress = self.run, self.progress
+        self.claim.check()
+        constants = {"hparams": run.hparams, "args": run.args}
+        records.append(run.directory / records.RESULTS_FILE, record | constants)
+        self.columns = print_record(record, self.columns)
+        score = validation_score(record, run.validation)
+        if run.args["keep_best"] and score > progress.best:
+            progress.best = score
+            self._save_model(training.BEST_MODEL_FILE, step=record["step"], validation_aa_wga=score)
+        if run.args["save_model_every_checkpoint"]:
+            self._save_model(f"model_step{record['step']}.pkl", step=record["step"])
+        if run.stopping is not None and run.stopping.is_over(score, record["step"]):
+            print(f"stopped early after step {record['step']}: {run.stopping}")
+            progress.stopped = True
+
+    def _save_model(self, name: str, **more: Any) -> None:
+        self.claim.check()
+        run = self.run
+        training.save_model(run.directory / name, run.algorithm, run.task, run.hparams, run.args, **more)
+
+    def save(self) -> None:
+        """Writes a snapshot; one that can't be written is a warning, since the run itself is not hurt by it."""
+        if not self.resumable:
+            return
+        started = time.monotonic()
+        self.claim.check()
+        try:
+            loop = [self.progress, self.run.stopping]
+            content = snapshots.take(self.run.directory, self.run.algorithm, loop, self.run.args)
+            snapshots.write(self.run.directory, content)
+        except NotResumable as error:
+            self.resumable = False
+            logger.warning("no snapshots: %s; if it is killed, this run starts over", error)
+        except (OSError, RuntimeError) as error:
+            logger.warning("a snapshot could not be written (%s); training goes on, the last one stays", error)
+        self.schedule.done(started)
+
+
+def explain(run: Run, step: int) -> None:
+    """Measures explanations on the test environments' in-splits: of the best model if it was kept, else the last."""
+    directory, model = run.directory, "" if run.args["skip_model_save"] else training.MODEL_FILE
+    if (best := directory / training.BEST_MODEL_FILE).exists():
+        saved = saved_models.load(best, run.device)
+        run.algorithm.load_state_dict(saved["model_dict"])
+        model, step = best.name, saved["step"]
+    plan, training_plan = ExplanationPlan(run.args["explain"]), run.plan
+    num_confounders = training_plan.num_confounders
+    tested = [split for split in training_plan.splits if split.kind == "in" and split.env in run.args["test_envs"]]
+    measured = explanations(run.algorithm, tested, num_confounders, run.device, plan, training_plan.num_workers)
+    settings = explanation_records.Settings.of(plan, model, step)
+    num_groups = training_plan.num_classes * num_confounders
+    line = explanation_records.write(directory, run.args, settings, plan.fills, measured, num_groups)
+    print(run_table(line), end="")
+
+
+def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> float:
+    """(AA + WGA) / 2 of all validation images together; NaN where they or their groups are not known."""
+    pooled = records.pooled(record, [(split.number, split.kind) for split in validation])
+    return math.nan if pooled is None else records.aa_wga(*pooled)
+
+
+def print_record(record: dict[str, Any], columns: list[str]) -> list[str]:
+    """Prints the record's row, under a header row if its columns are new; per-group numbers stay in the file."""
+    shown = sorted(key for key in record if not records.is_group_key(key))
+    if shown != columns:
+        print_row(shown, colwidth=12)
+    print_row([record[key] for key in shown], colwidth=12)
+    return shown
