@@ -1,10 +1,13 @@
 """The shell command of a job, which also knows its words and its directory."""
 
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 TRAIN = ("python", "-m", "domainbed.scripts.train")
+
+_quoted = functools.lru_cache(4096)(shlex.quote)  # the jobs of a sweep share most of their words
 
 
 def _words(key: str, value: Any) -> list[str]:
@@ -26,9 +29,12 @@ class Command(str):
     output_dir: str
 
     def __new__(cls, argv: Sequence[str], output_dir: str) -> "Command":
-        self = super().__new__(cls, shlex.join(argv))
+        self = super().__new__(cls, " ".join(map(_quoted, argv)))
         self.argv, self.output_dir = tuple(argv), output_dir
         return self
+
+    def __getnewargs__(self) -> tuple[Sequence[str], str]:  # type: ignore[override]  # what pickling rebuilds it from
+        return self.argv, self.output_dir
 
 
 def train_command(train_args: Mapping[str, Any], more: Sequence[str] = ()) -> Command:

@@ -12,6 +12,7 @@ import pytest
 
 from domainbed import command_launchers
 from domainbed.command_launchers import dummy_launcher, local_launcher, multi_gpu_launcher
+from domainbed.commands import Command
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,21 @@ def test_one_worker_runs_one_after_the_other(tmp_path):
 def test_impossible_numbers(workers, threads):
     with pytest.raises(ValueError, match="workers must be >= 1 and threads >= 0; got"):
         local_launcher([], workers=workers, threads=threads)
+    with pytest.raises(ValueError, match="retries must be >= 0 and isolation one of fork, process; got -1 and fork"):
+        local_launcher([], retries=-1, isolation="fork")
+    with pytest.raises(ValueError, match="got 1 and thread"):
+        local_launcher([], isolation="thread")
+    with pytest.raises(ValueError, match="jobs_per_gpu must be >= 1; got 0"):
+        multi_gpu_launcher([], jobs_per_gpu=0)
+
+
+def test_a_command_that_knows_its_words_runs_without_a_shell(tmp_path):
+    word = f"$HOME; touch {tmp_path}/x"
+    code = "import sys; open(sys.argv[1], 'w').write(sys.executable + sys.argv[2])"
+    command = Command(["python", "-c", code, str(tmp_path / "out"), word], str(tmp_path / "job"))
+    assert local_launcher([command]) == [0]
+    assert (tmp_path / "out").read_text() == sys.executable + word
+    assert not (tmp_path / "x").exists()
 
 
 def test_default_is_one_worker_a_core(monkeypatch):
@@ -108,6 +124,10 @@ def test_each_worker_has_its_gpu(tmp_path, monkeypatch):
         log = tmp_path / launcher.__name__
         assert launcher([f"echo $CUDA_VISIBLE_DEVICES >> {log}"] * 2) == [0, 0]
         assert sorted(log.read_text().split()) == ["3", "5"]
+    log = tmp_path / "two a GPU"
+    meet = [f"echo $CUDA_VISIBLE_DEVICES >> '{log}'; until [ $(wc -l < '{log}') = 4 ]; do sleep .01; done"] * 4
+    assert multi_gpu_launcher(meet, jobs_per_gpu=2) == [0] * 4
+    assert sorted(log.read_text().split()) == ["3", "3", "5", "5"]
     environments = command_launchers.child_environments(3, 1, ["3", "5"])
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["3", "5", "3"]
 
@@ -184,7 +204,7 @@ def test_find_binds_options(monkeypatch):
     assert command_launchers.find("mine", {"workers": None}) is third_party
     with pytest.raises(ValueError, match="launcher mine has no option --threads; it takes: none"):
         command_launchers.find("mine", {"workers": None, "threads": 2})
-    with pytest.raises(ValueError, match="launcher multi_gpu has no option --workers; it takes: --threads"):
+    with pytest.raises(ValueError, match="launcher multi_gpu has no option --workers; it takes: --threads, --jobs"):
         command_launchers.find("multi_gpu", {"workers": 1})
     with pytest.raises(ValueError, match="got 0 and 1"):
         command_launchers.find("local", {"workers": 0, "threads": None})([])
@@ -195,14 +215,39 @@ def test_unknown_launcher():
         command_launchers.find("locl", {})
 
 
-def test_launcher_from_a_plugin(tmp_path, monkeypatch):
+FAR = """
+from domainbed.command_launchers import REGISTRY, register
+
+def far(commands, *, retries=0):
+    return [retries] * len(commands)
+
+register("far", len)  # DomainBed's kind
+register("farther", far)
+REGISTRY["farthest"] = len
+"""
+
+
+def test_launchers_from_a_plugin(tmp_path, monkeypatch):
     plugin = tmp_path / "far_launchers.py"
-    plugin.write_text("from domainbed import command_launchers\ncommand_launchers.REGISTRY['far'] = len\n")
+    plugin.write_text(FAR)
     monkeypatch.setenv("DOMAINBED_PLUGINS", str(plugin))
     monkeypatch.setattr(command_launchers, "REGISTRY", dict(command_launchers.REGISTRY))
     assert command_launchers.find("far", {}) is len
+    assert command_launchers.find("farther", {"retries": 3, "workers": None})(["a", "b"]) == [3, 3]
+    assert command_launchers.find("farthest", {})(["a", "b"]) == 2
+    with pytest.raises(ValueError, match="launcher farther has no option --workers; it takes: --retries"):
+        command_launchers.find("farther", {"workers": 3})
     (name,) = [name for name in sys.modules if name.startswith("domainbed_plugin_far_launchers")]
     del sys.modules[name]
+
+
+def test_a_name_is_given_once(monkeypatch):
+    monkeypatch.setattr(command_launchers, "REGISTRY", dict(command_launchers.REGISTRY))
+    command_launchers.register("mine", len)
+    command_launchers.register("mine", len)  # a plugin may be imported twice
+    with pytest.raises(ValueError, match="launcher registered twice: local; give one of them another name"):
+        command_launchers.register("local", len)
+    assert command_launchers.REGISTRY["local"] is local_launcher
 
 
 def test_facebook_hook(tmp_path):
@@ -212,4 +257,4 @@ def test_facebook_hook(tmp_path):
         "from domainbed import command_launchers; print(*command_launchers.REGISTRY)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "local dummy multi_gpu cluster\n"
+    assert result.stdout == "local dummy multi_gpu slurm cluster\n"
