@@ -1,21 +1,22 @@
 """A sweep's grid as jobs: what each one trains, the directory it is known by, and how far it has come."""
 
-import copy
+import functools
 import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from domainbed import registry, run_directory
+from domainbed import claims, records, registry, states
 from domainbed.commands import train_command
 from domainbed.seeding import seed_hash
+from domainbed.states import State, Status
 from domainbed.sweep_rows import SweepRow, with_controls
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
     "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir",
 )  # fmt: skip
+EXIT_STOPPED = 75  # train saved its state and ended, because it was told to
+_SHOWN = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
+_DELETING = 16  # at a time: to be sure that another machine's process is dead takes half a minute
 # Two answers to one question.
 EXCLUSIVE = (("steps", "epochs"), ("test_envs_list", "official_test_envs"))
 
@@ -217,9 +221,12 @@ def _job_args(
     return args | {"dataset": dataset, "test_envs": list(test_envs)} | seeds
 
 
+_hashed_text = json.JSONEncoder(sort_keys=True).encode  # what json.dumps would make anew for each of 20,000 jobs
+
+
 def directory_name(train_args: Mapping[str, Any]) -> str:
     """DomainBed's name of a job's directory, by which sweeps find each other's jobs."""
-    return hashlib.md5(json.dumps(dict(train_args), sort_keys=True).encode()).hexdigest()
+    return hashlib.md5(_hashed_text(dict(train_args)).encode(), usedforsecurity=False).hexdigest()
 
 
 class Outcome(NamedTuple):
@@ -228,6 +235,14 @@ class Outcome(NamedTuple):
     done: list["Job"]
     failed: list["Job"]
     elsewhere: list["Job"]  # another process had taken them
+    stopped: list["Job"]  # saved their state and ended, as they were told to
+
+
+class Found(NamedTuple):
+    """A job's directory as it was found."""
+
+    name: str
+    status: Status | None  # None: there is none
 
 
 class Job:
@@ -236,34 +251,52 @@ class Job:
     Attributes:
         output_dir: the job's directory under the sweep's.
         train_args: its arguments, output_dir included.
-        command_str: the shell command that runs it, a ``commands.Command``.
-        state: NOT_LAUNCHED, INCOMPLETE or DONE, as found when the object was made.
+        status: how far it has come, as found when the object was made.
+        state: the same in DomainBed's words: NOT_LAUNCHED (no directory), INCOMPLETE or DONE.
     """
 
     NOT_LAUNCHED = "Not launched"
     INCOMPLETE = "Incomplete"
     DONE = "Done"
 
-    def __init__(self, train_args: Mapping[str, Any], sweep_output_dir: str, more_words: Sequence[str] = ()):
-        self.output_dir = os.path.join(sweep_output_dir, directory_name(train_args))
-        self.train_args = {**copy.deepcopy(dict(train_args)), "output_dir": self.output_dir}
-        self.command_str = train_command(self.train_args, more_words)
-        if run_directory.is_done(self.output_dir):
+    def __init__(
+        self,
+        train_args: Mapping[str, Any],
+        sweep_output_dir: str,
+        more_words: Sequence[str] = (),
+        found: Found | None = None,
+    ):
+        """Looks for the job's directory, unless somebody has, as one does for many at once."""
+        if found is None:
+            [found] = look(sweep_output_dir, [directory_name(train_args)])
+        self.output_dir = os.path.join(sweep_output_dir, found.name)
+        self.train_args = {key: list(v) if isinstance(v, list) else v for key, v in train_args.items()}
+        self.train_args["output_dir"] = self.output_dir
+        self.status = found.status or states.QUEUED
+        self._more_words = more_words
+        if self.status.state is State.DONE:
             self.state = Job.DONE
         else:
-            self.state = Job.INCOMPLETE if os.path.exists(self.output_dir) else Job.NOT_LAUNCHED
+            self.state = Job.INCOMPLETE if found.status else Job.NOT_LAUNCHED
+
+    @property
+    def name(self) -> str:
+        """Its directory's, the hash of its arguments."""
+        return os.path.basename(self.output_dir)
+
+    @functools.cached_property
+    def command_str(self) -> str:
+        """The shell command that runs it, a ``commands.Command``; made when it is asked for."""
+        return train_command(self.train_args, self._more_words)
 
     def __str__(self) -> str:
-        shown = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
-        facts = tuple(self.train_args[key] for key in shown if key in self.train_args)
+        facts = tuple([self.train_args[key] for key in _SHOWN if key in self.train_args])
         return f"{self.state}: {self.output_dir} {facts}"
 
-    def is_running(self) -> bool:
-        """Whether a process works on the job now."""
-        return self.state == Job.INCOMPLETE and run_directory.is_running(self.output_dir)
-
     def last_error(self) -> str:
-        """The first line of the last error, or else the last line, that the job wrote to its stderr."""
+        """Why it failed: as recorded, or else the last error or line that the job wrote to its stderr."""
+        if error := states.read(self.output_dir).error:
+            return error
         path = Path(self.output_dir, "err.txt")
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -272,44 +305,56 @@ class Job:
 
     @staticmethod
     def launch(jobs: Sequence["Job"], launcher_fn: Callable[[list[str]], Any]) -> Outcome | None:
-        """Makes the jobs' directories and hands their commands, shuffled, to the launcher.
+        """Hands the jobs' commands, shuffled, to the launcher; a job's directory is made when it runs.
 
         Returns:
             What became of them; None where the launcher returns no exit codes, as those that only submit.
         """
         print("Launching...", flush=True)  # the launcher may take days
         jobs = list(jobs)
-        np.random.shuffle(jobs)  # type: ignore[arg-type]  # mixes long and short jobs
-        for job in jobs:
-            os.makedirs(job.output_dir, exist_ok=True)
+        random.shuffle(jobs)  # mixes long and short jobs
         codes = launcher_fn([job.command_str for job in jobs])
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(codes, list) or [type(code) for code in codes] != [int] * len(jobs):
             return None
-        outcome = Outcome([], [], [])
+        outcome = Outcome([], [], [], [])
         for job, code in zip(jobs, codes, strict=True):
-            if run_directory.is_done(job.output_dir):
-                outcome.done.append(job)
-            else:
-                (outcome.elsewhere if code == run_directory.EXIT_LOCKED else outcome.failed).append(job)
+            outcome[job._became(code)].append(job)
         return outcome
+
+    def _became(self, code: int) -> int:
+        """The field of ``Outcome`` that an ended job belongs to: by its directory, or else by its exit code."""
+        state = states.read(self.output_dir).state
+        known = {State.DONE: 0, State.FAILED: 1, State.RUNNING: 2}
+        return known.get(state, {claims.EXIT_LOCKED: 2, EXIT_STOPPED: 3}.get(code, 1))
 
     @staticmethod
     def delete(jobs: Sequence["Job"]) -> int:
         """Removes the jobs' directories, but not of one that runs or has been completed; returns how many went."""
         print("Deleting...")
-        deleted = 0
-        for job in jobs:
-            try:
-                with run_directory.lock(job.output_dir):
-                    if run_directory.is_done(job.output_dir):
-                        continue
-                    shutil.rmtree(job.output_dir)
-                    deleted += 1
-            except run_directory.RunLocked:
-                continue
+        with ThreadPoolExecutor(_DELETING) as pool:
+            deleted = sum(pool.map(Job._delete, jobs))
         print(f"Deleted {deleted} jobs!")
         return deleted
+
+    def _delete(self) -> bool:
+        try:
+            with claims.claim(self.output_dir):
+                if os.path.exists(os.path.join(self.output_dir, records.DONE_FILE)):
+                    return False
+                shutil.rmtree(self.output_dir)
+                return True
+        except claims.RunLocked:
+            return False
+
+
+def look(sweep_output_dir: str, names: Sequence[str]) -> Iterator[Found]:
+    """How far the jobs of these names have come, from one look at the sweep's directory."""
+    statuses: dict[str, Status] = {}
+    if os.path.isdir(sweep_output_dir):
+        there = set(os.listdir(sweep_output_dir))
+        statuses = states.scan(sweep_output_dir, [name for name in names if name in there])
+    return (Found(name, statuses.get(name)) for name in names)
 
 
 def make_jobs(
@@ -320,10 +365,11 @@ def make_jobs(
     Raises:
         ValueError: two jobs are the same run.
     """
+    every = look(sweep_output_dir, [directory_name(args) for args in args_list])
     jobs: dict[str, Job] = {}
-    for args in args_list:
-        job = Job(args, sweep_output_dir, more_words)
-        if job.output_dir in jobs:
+    for args, found in zip(args_list, every, strict=True):
+        job = Job(args, sweep_output_dir, more_words, found)
+        if found.name in jobs:
             raise ValueError(f"two jobs are the same run: {job}; name each dataset and each row once")
-        jobs[job.output_dir] = job
+        jobs[found.name] = job
     return list(jobs.values())

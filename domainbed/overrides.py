@@ -4,11 +4,13 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from numpy.random import RandomState
+if TYPE_CHECKING:
+    from numpy.random import RandomState
 
-Draw: TypeAlias = Callable[[RandomState], Any]
+
+Draw: TypeAlias = "Callable[[RandomState], Any]"
 
 _UNIFORM = re.compile(
     r"(?P<int>int\s+)?(?:(?P<base>10|2)\s*\^\s*)?U\s*\(\s*(?P<low>[^,]+?)\s*,\s*(?P<high>[^,]+?)\s*\)"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from domainbed import manifests
 from domainbed.messages import not_found
 from domainbed.seeding import seed_hash
 
@@ -223,6 +222,8 @@ def _of_file(path: str) -> dict[str, Any]:
     Raises:
         NotImplementedError: the file is gone, or holds no dataset.
     """
+    from domainbed import manifests  # only sweeps over CSV files pay for numpy
+
     try:
         found: dict[str, Any] = manifests.read(path).class_attributes
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from domainbed import jobs, messages, registry, run_directory
+from domainbed import claims, jobs, messages, registry, run_directory, states
 from domainbed.jobs import Job, make_args_list, make_jobs
 from domainbed.sweep_rows import SweepRow
 
@@ -290,13 +290,13 @@ def three(tmp_path):
 
 @pytest.fixture
 def held():
-    """Holds a directory's lock in another process until the test ends."""
+    """Claims a directory in another process until the test ends."""
     holders = []
 
     def hold(directory):
         code = (
-            "import sys; from domainbed import run_directory\n"
-            "with run_directory.lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+            "import sys; from domainbed import claims\n"
+            "with claims.claim(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
         )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         holders.append(subprocess.Popen([sys.executable, "-c", code, directory], **pipes))
@@ -310,9 +310,22 @@ def held():
 def test_states(three, held):
     assert [job.state for job in three] == [Job.DONE, Job.INCOMPLETE, Job.NOT_LAUNCHED]
     assert str(three[1]) == f"Incomplete: {three[1].output_dir} ('Debug28', 'ERM', [1], 0)"
-    assert [job.is_running() for job in three] == [False] * 3
     held(three[1].output_dir)
-    assert [job.is_running() for job in three] == [False, True, False]
+    assert [job.status.state for job in three] == ["done", "queued", "queued"]  # as found when they were made
+    again = [Job(args, os.path.dirname(three[0].output_dir)) for args in grid()]  # one by one, as others do
+    assert [job.status.state for job in again] == ["done", "running", "queued"]
+    assert [job.state for job in again] == [job.state for job in three]
+
+
+def test_failed_and_preempted(three):
+    for job in three[1:]:
+        os.makedirs(job.output_dir, exist_ok=True)
+        Path(job.output_dir, "results.jsonl").write_text("{}")
+    states.write_failure(three[1].output_dir, "ValueError: no", 1)
+    again = make_jobs(grid(), os.path.dirname(three[0].output_dir))
+    assert [job.status.state for job in again] == ["done", "failed", "preempted"]
+    assert [job.state for job in again] == [Job.DONE, Job.INCOMPLETE, Job.INCOMPLETE]
+    assert again[1].last_error() == "ValueError: no"
 
 
 def test_row_shows_in_the_listing(tmp_path):
@@ -327,21 +340,30 @@ def test_arguments_are_copied(tmp_path):
     assert job.train_args["test_envs"] == [0]
 
 
-def test_launch_makes_directories_first_and_sorts_outcomes(three, capsys):
+def test_launch_makes_no_directories_and_sorts_outcomes(tmp_path, capsys):
+    five = make_jobs(grid(algorithms=["ERM", "IRM"])[:5], str(tmp_path))
     seen = []
 
     def launcher(commands):
         seen.extend(commands)
-        assert all(os.path.isdir(job.output_dir) for job in three)
-        run_directory.mark_done(three[0].output_dir)
-        codes = {three[0].command_str: 0, three[1].command_str: 3, three[2].command_str: run_directory.EXIT_LOCKED}
+        assert os.listdir(tmp_path) == []
+        for job in (five[0], five[4]):
+            os.makedirs(job.output_dir)
+        run_directory.mark_done(five[0].output_dir)
+        states.write_failure(five[4].output_dir, "ValueError: no", 1)
+        codes = dict(zip([job.command_str for job in five], [0, 3, claims.EXIT_LOCKED, 75, 0], strict=True))
         return [codes[command] for command in commands]
 
-    outcome = Job.launch(three, launcher)
+    outcome = Job.launch(five, launcher)
 
-    assert sorted(seen) == sorted(job.command_str for job in three)
-    assert outcome == ([three[0]], [three[1]], [three[2]])
-    assert capsys.readouterr().out == "Launching...\nLaunched 3 jobs!\n"
+    assert sorted(seen) == sorted(job.command_str for job in five)
+    assert [set(jobs) for jobs in outcome] == [{five[0]}, {five[1], five[4]}, {five[2]}, {five[3]}]
+    assert capsys.readouterr().out == "Launching...\nLaunched 5 jobs!\n"
+
+
+def test_command_may_be_changed(three):
+    three[0].command_str += " --more"
+    assert three[0].command_str.endswith(" --more")
 
 
 @pytest.mark.parametrize("answer", [None, 0, ["submitted"] * 3, []])

@@ -1,11 +1,10 @@
 """The sweep script's flags, on the command line and in sweep files."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from domainbed import command_launchers, registry
 from domainbed.jobs import EXCLUSIVE
-from domainbed.model_selection import CRITERIA
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.scripts.sweep_file import read_sweep_file
 from domainbed.sweep_rows import SweepRow
@@ -18,13 +17,38 @@ REQUIRED = {
     "launch": ("output_dir", "command_launcher"),
     "delete_incomplete": ("output_dir",),
     "refit": ("input_dir", "output_dir", "seeds", "command_launcher"),
+    "status": ("output_dir",),
+    "retry_failed": ("output_dir", "command_launcher"),
+    "cancel": ("output_dir",),
+    "worker": ("output_dir",),
+    "plan": (),
 }
-OF_A_REFIT = ("input_dir", "seeds")
 LAUNCHER_OPTIONS = (
     "workers", "threads", "retries", "isolation", "jobs_per_gpu", "max_parallel", "jobs_per_task", "slurm_partition",
     "slurm_time", "slurm_mem_gb", "slurm_cpus", "slurm_gpus", "slurm_args",
 )  # fmt: skip
+_STARTING = ("launch", "refit", "retry_failed", "worker", "plan")
+READ_BY = {  # which commands read a flag that not all read; a sweep file, which serves them all, may hold it still
+    **dict.fromkeys(("input_dir", "seeds", "criterion"), ("refit",)),
+    **dict.fromkeys(("watch", "json"), ("status",)),
+    "index": ("worker",),
+    "no_calibration": ("plan",),
+    "command_launcher": ("launch", "refit", "retry_failed", "plan", "delete_incomplete"),
+    **dict.fromkeys((*LAUNCHER_OPTIONS, "save_every_s"), _STARTING),
+}
+NOT_IN_FILES = ("watch", "json", "index", "no_calibration")
 OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
+NOT_OF_JOBS = {
+    "command",
+    "sweep_file",
+    "output_dir",
+    "seed",
+    "skip_confirmation",
+    *READ_BY,
+}  # the others say which jobs
+CRITERIA = ("aa_wga", "wga")  # model_selection's, which takes a while to import
+PAIRS = "leave_one_out"  # the selection method that needs jobs with two test environments
+SELECTION_METHODS = ("iid", "oracle", PAIRS, *CRITERIA)
 
 
 def default_names(package: str) -> list[str]:
@@ -59,7 +83,7 @@ def _environments(text: str) -> list[int]:
 def make_parser() -> DomainBedParser:
     """The parser; whatever a sweep file may set has no default here that would hide it."""
     parser = DomainBedParser(
-        DOMAINBED_FLAGS, description="Launch a grid of training runs, delete unfinished ones, or refit."
+        DOMAINBED_FLAGS, description="Launch a grid of training runs, see how far it is, try again, cancel, or refit."
     )
     add = parser.add_argument
     add("command", choices=list(REQUIRED))
@@ -78,6 +102,7 @@ def make_parser() -> DomainBedParser:
     add("--hparams", metavar="JSON", help="overrides for all jobs, a JSON object")
     add("--holdout_fraction", type=float, default=0.2, help="share of each environment that is held out")
     add("--single_test_envs", action="store_true", help="leave out single environments, no pairs")
+    add("--selection_method", choices=SELECTION_METHODS, help=f"only the jobs it needs: pairs for {PAIRS} alone")
     add("--skip_confirmation", action="store_true", help="do not ask before launching or deleting")
     add("--test_envs_list", nargs="+", type=_environments, metavar="ENVS", help="one per job: 0 1,2 makes two")
     add("--official_test_envs", action="store_true", help="every dataset's own test environments, where it has some")
@@ -86,7 +111,11 @@ def make_parser() -> DomainBedParser:
     add("--epochs", type=_at_least(1), help="in place of --steps")
     add("--input_dir", help="a search's output_dir (refit)")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="of the chosen draws (refit)")
-    add("--criterion", default="aa_wga", choices=list(CRITERIA), help="what validation maximises (refit)")
+    add("--criterion", default="aa_wga", choices=CRITERIA, help="what validation maximises (refit)")
+    add("--watch", nargs="?", type=_seconds, const=5.0, metavar="S", help="again every S (default 5) seconds (status)")
+    add("--json", action="store_true", help="one JSON object in place of the table (status)")
+    add("--index", type=_at_least(0), metavar="I", help="only the job of that place in the list, from 0 (worker)")
+    add("--no_calibration", action="store_true", help="count jobs and steps, but don't time any (plan)")
     add("--workers", type=_at_least(1), help="commands at a time (launcher local)")
     add("--threads", type=_at_least(0), help="CPU threads of each command, 0 for no limit (launchers local, multi_gpu)")
     add(
@@ -118,25 +147,37 @@ def make_parser() -> DomainBedParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line over sweep file over defaults; ``rows`` are the sweep file's.
+    """Command line over sweep file over defaults.
+
+    ``rows`` are the sweep file's; ``names_jobs`` is whether file or flags say which jobs are meant.
 
     Raises:
         OSError, ValueError: see ``read_sweep_file``; or a flag is missing, or means nothing to the command.
     """
     parser = make_parser()
     typed = args = parser.parse_args(argv)
+    named = _named(parser, argv, typed)
     rows: list[SweepRow] = []
     if typed.sweep_file:
-        words, rows = read_sweep_file(typed.sweep_file, parser.flags())
+        words, rows = read_sweep_file(typed.sweep_file, parser, NOT_IN_FILES)
         rows = rows if typed.algorithms is None else []
         args = parser.parse_args(argv, parser.parse_args([typed.command, typed.sweep_file, *words]))
         _drop_overruled(args, typed)
-    _check_flags(args, typed)
+    _check_flags(args, named)
+    _drop_pairs(args)
     args.rows = rows
+    args.names_jobs = bool(typed.sweep_file or named - NOT_OF_JOBS)
     if args.command != "refit":
         args.datasets = args.datasets or default_names("datasets")
         args.algorithms = args.algorithms or ([] if rows else default_names("algorithms"))
     return args
+
+
+def _named(parser: argparse.ArgumentParser, argv: Sequence[str], typed: argparse.Namespace) -> set[str]:
+    """The arguments that the command line holds, be their values the defaults or not."""
+    unset = object()
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(typed), unset)))
+    return {name for name, value in vars(found).items() if value is not unset}
 
 
 def _drop_overruled(args: argparse.Namespace, typed: argparse.Namespace) -> None:
@@ -146,15 +187,22 @@ def _drop_overruled(args: argparse.Namespace, typed: argparse.Namespace) -> None
             setattr(args, other, None)
 
 
-def _check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace, named: Collection[str]) -> None:
     for flag in REQUIRED[args.command]:
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag} is required, on the command line or in the sweep file")
-    if args.command != "refit":
-        for flag in OF_A_REFIT:
-            if getattr(typed, flag) is not None:
-                raise ValueError(f"--{flag} is for refit; {args.command} does not read it")
-    if args.command == "refit":
-        for flag in OF_THE_SEARCH:
-            if getattr(typed, flag) is not None:
-                raise ValueError(f"--{flag} means nothing to refit, which takes it from the search; leave it out")
+    for flag, commands in READ_BY.items():
+        if flag in named and args.command not in commands:
+            raise ValueError(f"--{flag} is for {', '.join(commands)}; {args.command} does not read it")
+    if args.command == "refit" and (wrong := [flag for flag in OF_THE_SEARCH if flag in named]):
+        raise ValueError(f"--{wrong[0]} means nothing to refit, which takes it from the search; leave it out")
+    if args.command == "cancel" and (wrong := sorted(set(named) - NOT_OF_JOBS)):
+        raise ValueError(f"--{wrong[0]} means nothing to cancel, which ends the whole sweep; leave it out")
+
+
+def _drop_pairs(args: argparse.Namespace) -> None:
+    """Pairs of test environments, which triple a sweep, serve a single selection method."""
+    if args.selection_method == PAIRS and args.single_test_envs:
+        raise ValueError(f"--selection_method {PAIRS} and --single_test_envs exclude each other; leave one of them out")
+    if args.selection_method not in (None, PAIRS):
+        args.single_test_envs = True

@@ -3,10 +3,10 @@ import tarfile
 
 import pytest
 
+from domainbed.claims import lock
 from domainbed.datasets.archives import ARCHIVES
 from domainbed.downloading import Archive
 from domainbed.releases import Release
-from domainbed.run_directory import lock
 from domainbed.scripts import BadInput, download
 
 

@@ -1,0 +1,86 @@
+"""The sweep script's worker: for schedulers that start processes of their own, as Kubernetes' Indexed Jobs do."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from domainbed import command_launchers, job_lists
+from domainbed.children import REQUEUE, code_of
+from domainbed.jobs import Job
+from domainbed.scripts import BadInput
+from domainbed.scripts.sweep_launch import enlist, find_launcher, report
+from domainbed.states import State
+
+LAUNCHER = "local"
+_READY = (State.QUEUED, State.PREEMPTED)
+
+
+def work(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+    """Runs the jobs that nobody runs yet, or the one of ``--index``.
+
+    Returns:
+        0; 1 if a job failed; with ``--index``, the exit code of that job's training: REQUEUE asks for another start.
+
+    Raises:
+        BadInput: there is no job of that index, or the jobs can't be run here.
+    """
+    args.command_launcher = LAUNCHER
+    args.workers = 1 if args.workers is None else args.workers
+    launcher = find_launcher(args)
+    if args.index is not None and args.index >= len(jobs):
+        raise BadInput(f"--index {args.index}: there are {len(jobs)} jobs; name one of 0 to {len(jobs) - 1}")
+    if job_lists.is_cancelled(args.output_dir):
+        print("The sweep is cancelled; `sweep launch` opens it again.")
+        return 0
+    if args.index is not None:
+        return _work_on_one(jobs[args.index], args, launcher)
+    enlist(jobs, args.output_dir)
+    return _work_on_all(jobs, launcher)
+
+
+def _work_on_all(jobs: Sequence[Job], launcher: command_launchers.Launcher) -> int:
+    ready = [job for job in jobs if job.status.state in _READY]
+    print(f"{len(ready)} of {len(jobs)} jobs are to be done.")
+    if not ready:
+        return 0
+    try:
+        outcome = Job.launch(ready, launcher)
+    except KeyboardInterrupt:
+        print("Interrupted; start a worker again to go on.")
+        return 130
+    return 0 if outcome is None else report(outcome)
+
+
+def _work_on_one(job: Job, args: argparse.Namespace, launcher: command_launchers.Launcher) -> int:
+    print(job)
+    if job.status.state is State.DONE:
+        return 0
+    enlist([job], args.output_dir)
+    try:
+        with _signals_exit():
+            [code] = launcher([job.command_str])
+    except SystemExit:  # we were told to end, and have told the training
+        code = code_of(job.output_dir)
+    except KeyboardInterrupt:
+        return 130
+    if code not in (0, REQUEUE):
+        print(f"Failed: {job.output_dir}: {job.last_error()}")
+    return int(code) if code >= 0 else 128 - code
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _signals_exit() -> Iterator[None]:
+    """Lets what schedulers send unwind the stack, so that the launcher ends its training."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    previous = {number: signal.signal(number, _exit) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
