@@ -106,14 +106,15 @@ class Holder(NamedTuple):
         """Whether its process works on, as far as one can tell from here without touching the lock.
 
         Args:
-            now: ``file_system_now``. A heartbeat of the future is a live one.
+            now: ``file_system_now``. A heartbeat far in the future is one of before a clock was set back; a live
+                process would have beaten since.
         """
         if self.released:
             return False
         if self.is_ours():
             assert self.pid is not None
             return _is_alive(self.pid, self.start)
-        return now - self.heartbeat <= EXPIRY_S
+        return abs(now - self.heartbeat) <= EXPIRY_S
 
     def is_ours(self) -> bool:
         """Whether it was made on this machine."""

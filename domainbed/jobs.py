@@ -297,6 +297,8 @@ class Job:
         """Why it failed: as recorded, or else the last error or line that the job wrote to its stderr."""
         if error := states.read(self.output_dir).error:
             return error
+        if os.path.isfile(self.output_dir):
+            return "a file is where the job's directory should be; remove it"
         path = Path(self.output_dir, "err.txt")
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]

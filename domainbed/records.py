@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -286,7 +287,8 @@ def append(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
             os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, size)
+            with suppress(OSError):  # of the two errors, the first one says what is wrong
+                os.ftruncate(descriptor, size)
             raise
     finally:
         os.close(descriptor)

@@ -77,7 +77,7 @@ def _status(directory: str, now: Callable[[], float]) -> Status:
         return done
     try:
         names = os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return QUEUED
     if _TRACES.isdisjoint(names) and not holders.attempts(names):
         return QUEUED
@@ -95,7 +95,7 @@ def _status(directory: str, now: Callable[[], float]) -> Status:
 def _done(directory: str) -> Status | None:
     try:
         return Status(State.DONE, time=os.stat(f"{directory}/{records.DONE_FILE}").st_mtime)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a file of that name is told by whoever runs the job
         return None
 
 

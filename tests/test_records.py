@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction as F
@@ -177,3 +178,30 @@ def test_pooled_means_that_cannot_be_had() -> None:
 
 def test_score() -> None:
     assert records.aa_wga(0.8, 0.5) == pytest.approx(0.65)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_full_disk_takes_only_half_of_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    path, write = tmp_path / "results.jsonl", os.write
+    records.append(path, {"step": 0, "args": {}})
+    before = path.read_bytes()
+
+    def half(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data[: len(data) // 2])
+        if fails:
+            raise OSError(28, "No space left on device")
+        return written
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left on device"):
+        records.append(path, {"step": 1, "args": {}})
+    assert path.read_bytes() == before
+
+
+def test_a_line_that_a_kill_tore_spoils_no_later_one(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"step": 0, "ar')
+    records.append(path, {"step": 1, "args": {}})
+    assert records.read(path) == ([{"step": 1, "args": {}}], 1)
