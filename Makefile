@@ -25,7 +25,7 @@ test-slurm: .venv/installed
 	$(BIN)/pytest -q -m slurm tests/slurm
 
 test-kills: .venv/installed
-	$(BIN)/python tests/kills.py --kills 100 --seed 0
+	$(BIN)/python tests/kills.py --kills 100 --requests 30 --operations 1 --damage --seed 0
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

@@ -11,6 +11,7 @@ The modules in the order in which data flows; each imports only from those above
     images, augmentation,
     image_cache, input_pipelines   0  image files; how they are augmented, cached and opened
     downloading, unpacking, releases  archives from the network; into folders; what a dataset's files are
+    interruption                      requests that the process save its work and end
     datasets/, mask_files          1  images, labels y, confounders c, groups g, environments e; the user's own masks
     splits, partitions, loaders,
     notices                        2  what is trained on; which examples share a minibatch; batches; warnings
@@ -28,10 +29,9 @@ The modules in the order in which data flows; each imports only from those above
     records, explanation_records,
     cards                             one JSON line per checkpoint; what a dataset holds
     holders, claims, run_directory,
-    states, interruption,
-    state_trees, snapshots,
-    training                       6  who works in a run's directory, and what became of the run; requests to end;
-                                      everything that a run needs to go on; the loop
+    states, state_trees, snapshots,
+    training                       6  who works in a run's directory, and what became of the run; everything that it
+                                      needs to go on; the loop
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
     tables, figures                8  chosen runs -> text, images
     commands, jobs, refit,

@@ -6,6 +6,7 @@ drawn before, so a method and its control see the same examples.
 
 import itertools
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from domainbed.datasets.base import (
     read_mask,
     refuse_transforms,
 )
+from domainbed.interruption import SIGNALS
 from domainbed.lib.misc import balanced_weights
 from domainbed.partitions import Examples, Part, rows_per_part
 from domainbed.splits import Split
@@ -279,16 +281,21 @@ def _check_masks(splits: Sequence[Split]) -> None:
         refuse_transforms(split.environment)
 
 
-def _opened(items: _Items, num_workers: int, device: torch.device | str, **order: Any) -> DataLoader[Any]:
-    """The loader of items; its generator is its own, so that opening images draws nothing from torch's global one."""
+def _opened(items: _Items, num_workers: int, device: torch.device | str, **order: Any) -> Iterator[Any]:
+    """Batches of items, as their processes open them; the order is drawn from a generator of its own, not torch's."""
     cuda = torch.device(device).type == "cuda"
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         items,
         num_workers=workers(num_workers),
         pin_memory=cuda,
         generator=torch.Generator().manual_seed(items.seed),
         **order,
     )
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it: requests to end are for us
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def evaluation_batches(

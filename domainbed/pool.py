@@ -16,6 +16,7 @@ from domainbed import job_lists, states
 from domainbed.children import EXIT_FAILED, REQUEUE, Child, ForkServer, ProcessChild, can_fork, code_of
 from domainbed.claims import EXIT_LOCKED
 from domainbed.commands import Command
+from domainbed.interruption import SIGNALS
 
 EXIT_BAD_INPUT = 2  # another try would say the same
 
@@ -296,6 +297,10 @@ def _settle(attempt: _Attempt, directory: str, code: int, again: bool) -> int:
         return 0
     if status.state is states.State.RUNNING:
         return EXIT_LOCKED
+    if (
+        status.state is states.State.PREEMPTED and -code in SIGNALS
+    ):  # asked to end when it had saved, or had yet to begin
+        return REQUEUE
     if status.state is not states.State.FAILED or status.time == attempt.failure_time:
         _note_end(directory, attempt.child, code)
         if not again:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 NOT_ROW = {
     "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "data_dir", "output_dir",
     "eval_splits", "explain", "keep_best", "skip_model_save", "save_model_every_checkpoint", "overwrite",
+    "save_every_s",
 }  # fmt: skip
 NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.
@@ -208,8 +209,8 @@ def for_domainbed(records: Iterable[Record]) -> tuple[list[dict[str, Any]], dict
     """Records in which "algorithm" is the row's name and "trial_seed" the trial, for DomainBed's tables and methods.
 
     Returns:
-        The records with args.algorithm and args.trial_seed replaced, and the algorithm of each name. A trial is
-        (trial_seed, replicate).
+        The records with args.algorithm and args.trial_seed replaced, and the algorithm of each name, in the order of
+        their appearance. A trial is (trial_seed, replicate).
     """
     by_run = runs(records)
     names, replicate = row_names(meeting(by_run).values()), replicates(by_run)
@@ -221,4 +222,4 @@ def for_domainbed(records: Iterable[Record]) -> tuple[list[dict[str, Any]], dict
         for run, checkpoints in by_run.items()
         for record in checkpoints
     ]
-    return renamed, {name: row.algorithm for row, name in names.items()}
+    return renamed, {names[run.row]: run.row.algorithm for run in by_run}

@@ -1,22 +1,22 @@
 """Everything that a run needs to go on exactly where it was: when it is written, how it survives a kill, what it holds.
 
-A snapshot is written beside its place, synced, and moved there; the one before it stays. Its file is a zip archive
-(torch's own format) whose entries carry checksums; a damaged one is passed over for the one before. Nothing in it is
-unpickled that could run code.
+A snapshot is written beside its place, synced, and moved there; the one before it stays. It is what ``torch.save``
+writes, then a checksum of that; a damaged one is passed over for the one before. Nothing in it is unpickled that could
+run code.
 
 "Snapshot" is the word, because a checkpoint is DomainBed's word for a step that is evaluated and recorded.
 """
 
+import hashlib
+import io
 import logging
 import os
-import pickle
 import random
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,8 +26,14 @@ from domainbed import records, run_directory, state_trees
 logger = logging.getLogger(__name__)
 
 FILE, PREVIOUS_FILE = run_directory.SNAPSHOT_FILES
+DIGEST_BYTES = 32
 SHARE = 50  # one snapshot in 50 times as long as it takes costs 2 % of the time
 DEFAULT_SAVE_EVERY_S = 60.0
+
+
+def _maker() -> str:
+    """What numbers depend on beside the arguments, as far as it is easily told."""
+    return f"torch {torch.__version__} on {'cuda' if torch.cuda.is_available() else 'cpu'}"
 
 
 class Unusable(RuntimeError):
@@ -82,7 +88,7 @@ def take(directory: str | os.PathLike[str], algorithm: Any, progress: Any, args:
     size, checksum = _records_so_far(Path(directory, records.RESULTS_FILE))
     return {
         "args": dict(args),
-        "torch": str(torch.__version__),
+        "made_by": _maker(),
         "algorithm": state_trees.capture(algorithm, "algorithm"),
         "progress": state_trees.capture(progress, "progress"),
         "random": random_states(),
@@ -100,37 +106,44 @@ def _records_so_far(path: Path, size: int | None = None) -> tuple[int, int]:
     return len(content), zlib.crc32(content)
 
 
+class _Hashed:
+    """What is written to a file, and its digest."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write(directory: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Replaces the snapshot, keeping the one before; a kill at any instant leaves at least one of them whole."""
     with run_directory.whole(Path(directory, FILE), keep_as=Path(directory, PREVIOUS_FILE)) as file:
-        torch.save(dict(content), file)
+        hashed = _Hashed(file)
+        torch.save(dict(content), hashed)  # type: ignore[arg-type]  # it only writes
+        file.write(hashed.digest.digest())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a snapshot.
+    """The content of a snapshot, its tensors in main memory.
 
     Raises:
         Unusable: the file is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise Unusable(f"{path}: the checksum of {damaged} is wrong")
-        content: dict[str, Any] = torch.load(path, weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        if isinstance(error, Unusable):
-            raise
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unusable(f"{path} is damaged ({cause})") from error
-    return content
+        with open(path, "rb") as file:
+            content = file.read(max(0, path.stat().st_size - DIGEST_BYTES))
+            digest = file.read()
+    except OSError as error:
+        raise Unusable(f"{path} can't be read: {error.strerror}") from error
+    if hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() != digest:
+        raise Unusable(f"{path} is damaged: its checksum is wrong")
+    loaded: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return loaded
 
 
 def load(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,9 +164,10 @@ def load(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> dict[str
             _cut_records(Path(directory, records.RESULTS_FILE), content["records_size"], content["records_checksum"])
         except Unusable as error:
             logger.warning("a snapshot is passed over: %s", error)
+            path.unlink(missing_ok=True)  # or the next one would be written over the good one before
             continue
-        if content["torch"] != str(torch.__version__):
-            logger.warning("the run began under torch %s and goes on under %s", content["torch"], torch.__version__)
+        if content["made_by"] != _maker():
+            logger.warning("the run began with %s and goes on with %s", content["made_by"], _maker())
         return content
     return None
 

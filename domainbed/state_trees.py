@@ -72,7 +72,7 @@ class Capture:
             grad = None if value.grad is None else value.grad.detach()
             return ["parameter", value.detach(), grad, value.requires_grad]
         if isinstance(value, Tensor):
-            return ["tensor", value.detach(), value.requires_grad]
+            return ["tensor", value.detach(), value.requires_grad, value.device.type]
         if isinstance(value, nn.Module):
             return self._module(value, path)
         if isinstance(value, np.ndarray | np.generic):
@@ -177,7 +177,8 @@ class Restore:
         fresh.grad = None if grad is None else grad.to(fresh.device)
         return fresh
 
-    def _tensor(self, fresh: Any, path: str, data: Tensor, requires_grad: bool) -> Tensor:
+    def _tensor(self, fresh: Any, path: str, data: Tensor, requires_grad: bool, device: str) -> Tensor:
+        data = data.to(device if device == "cpu" or torch.cuda.is_available() else "cpu")
         alike = isinstance(fresh, Tensor) and (fresh.shape, fresh.dtype) == (data.shape, data.dtype)
         if alike and fresh.is_contiguous() and fresh.device == data.device:
             fresh.detach().copy_(data)

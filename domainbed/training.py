@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed import interruption, records, run_directory
+from domainbed import interruption, records, run_directory, snapshots
 from domainbed.algorithms.base import Task
 from domainbed.evaluation import Accuracy, autocast, evaluate
 from domainbed.loaders import Minibatch
@@ -199,9 +199,14 @@ def _update(
 
 
 def measure(algorithm: Any, splits: Sequence[Split], plan: Plan, device: torch.device) -> Measured:
-    """Accuracies of the splits of one environment; a request to end interrupts it."""
-    with interruption.at_once():
-        found = evaluate(algorithm, splits, plan.num_confounders, device, plan.precision, plan.num_workers)
+    """Accuracies of the splits of one environment; a request to end interrupts it, and leaves no trace of it."""
+    before = snapshots.random_states()  # images may be opened with random transforms
+    try:
+        with interruption.at_once():
+            found = evaluate(algorithm, splits, plan.num_confounders, device, plan.precision, plan.num_workers)
+    except interruption.Preempted:
+        snapshots.set_random_states(before)
+        raise
     return {place: (accuracy.average, accuracy.groups, accuracy.counts) for place, accuracy in found.items()}
 
 

@@ -173,3 +173,10 @@ def test_defaults_are_those_of_the_train_script():
     parsed = vars(train.parser().parse_args([]))
     assert {key: parsed[key] for key in rows.DEFAULTS} == rows.DEFAULTS
     assert Row.of(parsed) == Row("ERM", "environment")
+
+
+def test_algorithms_come_in_the_order_of_their_appearance():
+    names = [f"Plugin{i}" for i in (5, 2, 9, 1, 7, 3, 8)]
+    args = {"dataset": "Debug28", "test_envs": [0], "trial_seed": 0, "hparams_seed": 0, "seed": 0}
+    records = [{"step": 0, "hparams": {}, "args": args | {"algorithm": name}} for name in names]
+    assert list(for_domainbed(records)[1]) == names

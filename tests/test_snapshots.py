@@ -2,9 +2,8 @@
 
 import json
 import logging
+import os
 import random
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +98,9 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_a_weight(path: Path) -> None:
-    """One bit of the largest entry, which reads as a fine number."""
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    name, extra = struct.unpack_from("<HH", content, largest.header_offset + 26)  # lengths in the local header
-    content[largest.header_offset + 30 + name + extra + largest.file_size // 2] ^= 1
+    content[len(content) // 3] ^= 1
     path.write_bytes(content)
 
 
@@ -114,11 +109,21 @@ def empty(path: Path) -> None:
 
 
 def something_else(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hello", "world")
+    torch.save({"hello": "world"}, path)
 
 
-DAMAGES = [cut_in_half, flip_a_weight, empty, something_else]
+DAMAGES = [cut_in_half, flip_a_bit, empty, something_else]
+
+
+def test_whatever_changes_in_the_file_is_seen(tmp_path: Path) -> None:
+    snapshots.write(tmp_path, {"value": 1.5})
+    whole = (tmp_path / "snapshot.pkl").read_bytes()
+    assert snapshots.read(tmp_path / "snapshot.pkl") == {"value": 1.5}
+    changed = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(len(whole))]
+    for content in [*changed, *(whole[:length] for length in range(len(whole)))]:
+        (tmp_path / "snapshot.pkl").write_bytes(content)
+        with pytest.raises(snapshots.Unusable):
+            snapshots.read(tmp_path / "snapshot.pkl")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -171,7 +176,23 @@ def test_another_torch_is_said(two: Path, monkeypatch: pytest.MonkeyPatch, caplo
     version = torch.__version__
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert loaded_step(two) == 6
-    assert f"began under torch {version} and goes on under 9.9" in caplog.text
+    assert f"began with torch {version} on cpu and goes on with torch 9.9 on cpu" in caplog.text
+
+
+def test_a_damaged_one_never_takes_the_place_of_the_good_one(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip_a_bit(two / "snapshot.pkl")
+    assert loaded_step(two) == 3
+    moves, replace = iter([0, 1]), os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if next(moves) or not Path(target).name.endswith("previous.pkl"):  # before it is moved to its place
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(two, Small(), training.Progress(step=5))
+    assert loaded_step(two) == 3
 
 
 def test_a_failed_write_leaves_the_last_one_and_no_rubbish(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: clai
             states.write_failure(directory, str(error), BAD_INPUT_STATUS)
         raise
     if run_directory.is_done(directory) and not overwrite:
+        run_directory.mark_done(directory)  # a kill right after the first time may have left its snapshots
         print(f"already done: {directory} (--overwrite runs it again)")
         return 0
     with _kept_failure(directory), _kept_output(directory):
