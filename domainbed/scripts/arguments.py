@@ -49,3 +49,10 @@ class DomainBedParser(argparse.ArgumentParser):
             return word
         meant = [known for known in self._first if known.startswith(flag)]
         return meant[0] + equals + value if len(meant) == 1 else word
+
+
+def seconds(text: str) -> float:
+    """A flag's number of seconds."""
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0, or no number")
+    return value

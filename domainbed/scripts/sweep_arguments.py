@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from domainbed import command_launchers, registry
 from domainbed.jobs import EXCLUSIVE
-from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.arguments import DomainBedParser, seconds
 from domainbed.scripts.sweep_file import read_sweep_file
 from domainbed.sweep_rows import SweepRow
 
@@ -66,12 +66,6 @@ def _at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
-def _seconds(text: str) -> float:
-    if (value := float(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
-
-
 def _environments(text: str) -> list[int]:
     """The environments in "1,2"."""
     try:
@@ -112,7 +106,7 @@ def make_parser() -> DomainBedParser:
     add("--input_dir", help="a search's output_dir (refit)")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="of the chosen draws (refit)")
     add("--criterion", default="aa_wga", choices=CRITERIA, help="what validation maximises (refit)")
-    add("--watch", nargs="?", type=_seconds, const=5.0, metavar="S", help="again every S (default 5) seconds (status)")
+    add("--watch", nargs="?", type=seconds, const=5.0, metavar="S", help="again every S (default 5) seconds (status)")
     add("--json", action="store_true", help="one JSON object in place of the table (status)")
     add("--index", type=_at_least(0), metavar="I", help="only the job of that place in the list, from 0 (worker)")
     add("--no_calibration", action="store_true", help="count jobs and steps, but don't time any (plan)")
@@ -131,7 +125,7 @@ def make_parser() -> DomainBedParser:
     add("--slurm_cpus", type=_at_least(1), help="CPU cores of a task")
     add("--slurm_gpus", type=_at_least(0), help="GPUs of a task")
     add("--slurm_args", nargs="+", metavar="KEY=VALUE", help="further options of sbatch, as account=lab")
-    add("--save_every_s", type=_seconds, metavar="S", help="seconds between two snapshots of a job; default: train's")
+    add("--save_every_s", type=seconds, metavar="S", help="seconds between two snapshots of a job; default: train's")
     add("--label", help="what the tables call these rows")
     add("--checkpoint_freq", type=_at_least(0), help="updates between two records; default: the dataset's")
     add("--precision", choices=["fp32", "bf16"], help="default: fp32")

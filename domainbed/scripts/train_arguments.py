@@ -5,7 +5,7 @@ from typing import Any
 
 from domainbed import datasets, hparams_registry, input_pipelines, overrides, partitions, snapshots
 from domainbed.algorithms import get_algorithm_class
-from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.arguments import DomainBedParser, seconds
 from domainbed.seeding import seed_hash
 
 DOMAINBED_FLAGS = (
@@ -89,7 +89,7 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--save_every_s",
-        type=float,
+        type=seconds,
         default=snapshots.DEFAULT_SAVE_EVERY_S,
         metavar="S",
         help="seconds between two snapshots, from which a killed run goes on; at least 50 times as long as one takes; "
