@@ -10,8 +10,12 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again, I go on where I was
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Preempted(Exception):
-    """The process was asked to save its work and end."""
+class Preempted(BaseException):
+    """The process was asked to save its work and end; no ``except Exception`` on the way stops it."""
+
+
+class Unsaved(Preempted):
+    """The same, where what was done since the last snapshot can't be saved."""
 
 
 class _State:
@@ -28,7 +32,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def listen() -> Iterator[None]:
     """Takes the signals as requests, in place of ending at once; only the main thread can."""
-    _State.requested = None
+    _State.requested, _State.at_once = None, False
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -81,8 +81,9 @@ def clear(directory: str | os.PathLike[str]) -> None:
 
 
 def is_fresh(directory: str | os.PathLike[str]) -> bool:
-    """Whether no run has left a record here."""
-    return not (is_done(directory) or Path(directory, records.RESULTS_FILE).exists())
+    """Whether no run has left a record or a snapshot here."""
+    names = (records.DONE_FILE, records.RESULTS_FILE, *SNAPSHOT_FILES)
+    return not any(Path(directory, name).exists() for name in names)
 
 
 def check_same_run(directory: str | os.PathLike[str], args: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FILE, PREVIOUS_FILE = run_directory.SNAPSHOT_FILES
 DIGEST_BYTES = 32
+RANDOM = "random states"
 SHARE = 50  # one snapshot in 50 times as long as it takes costs 2 % of the time
 DEFAULT_SAVE_EVERY_S = 60.0
 
@@ -66,12 +67,12 @@ def random_states() -> state_trees.Node:
     """The states of Python's, numpy's and torch's global generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     states = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda]
-    return state_trees.capture(states, "random states")
+    return state_trees.capture(states, RANDOM)
 
 
 def set_random_states(node: state_trees.Node) -> None:
     """Puts the global generators into the states of ``random_states``."""
-    python, numpy, cpu, cuda = state_trees.restore(node)
+    python, numpy, cpu, cuda = state_trees.restore(node, name=RANDOM)
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
@@ -79,15 +80,20 @@ def set_random_states(node: state_trees.Node) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
-def take(directory: str | os.PathLike[str], algorithm: Any, progress: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+def take(
+    directory: str | os.PathLike[str], algorithm: Any, progress: Any, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """What ``write`` writes of a run: what is trained, how far it is, its records so far, and all random states.
+
+    Args:
+        identity: ``args`` and ``hparams`` of the run; whatever else tells it from another.
 
     Raises:
         NotResumable: the algorithm holds something that can't be kept.
     """
     size, checksum = _records_so_far(Path(directory, records.RESULTS_FILE))
     return {
-        "args": dict(args),
+        **identity,
         "made_by": _maker(),
         "algorithm": state_trees.capture(algorithm, "algorithm"),
         "progress": state_trees.capture(progress, "progress"),
@@ -106,30 +112,25 @@ def _records_so_far(path: Path, size: int | None = None) -> tuple[int, int]:
     return len(content), zlib.crc32(content)
 
 
-class _Hashed:
-    """What is written to a file, and its digest."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.digest = file, hashlib.blake2b(digest_size=DIGEST_BYTES)
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def write(directory: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Replaces the snapshot, keeping the one before; a kill at any instant leaves at least one of them whole."""
+    """Replaces the snapshot, keeping the one before; a kill at any instant leaves at least one of them whole.
+
+    Raises:
+        OSError: it can't be written; the others stay.
+    """
+    written = io.BytesIO()
+    torch.save(dict(content), written)
     with run_directory.whole(Path(directory, FILE), keep_as=Path(directory, PREVIOUS_FILE)) as file:
-        hashed = _Hashed(file)
-        torch.save(dict(content), hashed)  # type: ignore[arg-type]  # it only writes
-        file.write(hashed.digest.digest())
+        file.write(written.getbuffer())
+        file.write(_digest(written.getbuffer()))
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a snapshot, its tensors in main memory.
+    """The content of a snapshot; tensors of a GPU in main memory where there is none.
 
     Raises:
         Unusable: the file is damaged.
@@ -140,14 +141,23 @@ def read(path: Path) -> dict[str, Any]:
             digest = file.read()
     except OSError as error:
         raise Unusable(f"{path} can't be read: {error.strerror}") from error
-    if hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() != digest:
+    if _digest(content) != digest:
         raise Unusable(f"{path} is damaged: its checksum is wrong")
-    loaded: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    place = None if torch.cuda.is_available() else "cpu"
+    loaded: dict[str, Any] = torch.load(io.BytesIO(content), map_location=place, weights_only=True)
     return loaded
 
 
-def load(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> dict[str, Any] | None:
+def load(
+    directory: str | os.PathLike[str],
+    args: Mapping[str, Any],
+    hparams: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """The newest snapshot that is whole and fits the run's records, which are cut back to what they were then.
+
+    Args:
+        defaults: what an argument was that the snapshot lacks.
 
     Returns:
         None if there is none; a warning says why, if there should be.
@@ -160,7 +170,9 @@ def load(directory: str | os.PathLike[str], args: Mapping[str, Any]) -> dict[str
             continue
         try:
             content = read(path)
-            run_directory.refuse_other_run(directory, content["args"], args)
+            run_directory.refuse_other_run(directory, {**(defaults or {}), **content["args"]}, args)
+            if content["hparams"] != dict(hparams):
+                raise Unusable(f"the hparams were {content['hparams']} and are {dict(hparams)}")
             _cut_records(Path(directory, records.RESULTS_FILE), content["records_size"], content["records_checksum"])
         except Unusable as error:
             logger.warning("a snapshot is passed over: %s", error)

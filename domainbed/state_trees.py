@@ -1,21 +1,24 @@
 """The state of any object as a tree of tensors and plain values, and back into a freshly built object.
 
-A module gives its parameters, their gradients, its buffers, its submodules and its other attributes; what has
-``state_dict`` and ``load_state_dict`` (optimizers, schedulers) gives that; generators of random numbers give theirs;
-containers and other objects give what they hold. What can't change (functions, classes, devices) is left out.
+A module gives its parameters, their gradients, its buffers, its submodules and its other attributes, an optimizer or a
+scheduler whatever it holds, a function its closure, a generator of random numbers its state; containers and other
+objects give what is in them. What is met again is named, so that what was one object becomes one object again, and
+tensors that shared their memory share it.
 
-Restoring pours values into what the constructor built, so that whatever it tied together stays tied: an optimizer
-keeps its parameters, two names of one list stay one list.
+Restoring changes what the constructor built where that is needed (a module, an optimizer, a closure) and makes the rest
+anew. What can be neither is ``NotResumable``. What hangs on a class or a module of Python is not seen.
 """
 
 import enum
 import functools
+import math
 import pathlib
 import random
 import re
 import types
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,16 +29,25 @@ from torch.utils.hooks import RemovableHandle
 Node: TypeAlias = Any  # None, bool, int, float, str, or [kind, ...] of nodes and tensors
 
 _PLAIN = (type(None), bool, int, float, str)
+# Told by their names; these don't change.
 _CONSTANT = (
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial,
-    torch.device, torch.dtype, torch.layout, torch.memory_format, torch.Size, np.dtype, np.ufunc, enum.Enum,
-    pathlib.PurePath, re.Pattern, weakref.ref, RemovableHandle, bytes, complex, range, slice, frozenset, type(...),
+    types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, re.Pattern, weakref.ref, RemovableHandle,
+    torch.layout, torch.memory_format, type(...),
 )  # fmt: skip
-_PRINTED = (
-    torch.device, torch.dtype, torch.layout, torch.memory_format, torch.Size, np.dtype, enum.Enum, pathlib.PurePath,
-    bytes, complex, range, slice,
-)  # fmt: skip
-_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}  # torch's own bookkeeping
+# Values: how each is written in plain values, and made of them.
+_VALUES: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    torch.device: (str, torch.device),
+    torch.dtype: (lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name)),
+    torch.Size: (list, torch.Size),
+    np.dtype: (lambda dtype: dtype.str, np.dtype),
+    bytes: (lambda text: text.decode("latin-1"), lambda text: text.encode("latin-1")),
+    complex: (lambda number: [number.real, number.imag], lambda parts: complex(*parts)),
+    range: (lambda numbers: [numbers.start, numbers.stop, numbers.step], lambda parts: range(*parts)),
+    pathlib.PurePath: (str, pathlib.Path),
+}
+_SEQUENCES: dict[str, Any] = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset, "deque": deque}
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training", "_non_persistent_buffers_set"}  # torch's own bookkeeping
+_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "functools")  # whose functions keep nothing of ours
 
 
 class NotResumable(RuntimeError):
@@ -49,7 +61,7 @@ class Capture:
         self._seen: dict[int, str] = {}
         self._held: list[Any] = []  # so that no id is used twice
 
-    def node(self, value: Any, path: str = "") -> Node:
+    def node(self, value: Any, path: str) -> Node:
         """The tree of a value; ``path`` is its name, for messages and repetitions.
 
         Raises:
@@ -66,53 +78,68 @@ class Capture:
         return self._new(value, path)
 
     def _new(self, value: Any, path: str) -> Node:
-        if nn.parameter.is_lazy(value):
-            raise NotResumable(f"{path} has no shape yet")
-        if isinstance(value, nn.Parameter):
-            grad = None if value.grad is None else value.grad.detach()
-            return ["parameter", value.detach(), grad, value.requires_grad]
         if isinstance(value, Tensor):
-            return ["tensor", value.detach(), value.requires_grad, value.device.type]
+            return self._tensor(value, path)
         if isinstance(value, nn.Module):
-            return self._module(value, path)
+            own = {name: part for name, part in vars(value).items() if name not in _OF_MODULES}
+            tables = (value._parameters, value._buffers, value._modules, own)
+            return ["module", _name(value), *(self._nodes(dict(table), path) for table in tables)]
         if isinstance(value, np.ndarray | np.generic):
             return self._numpy(value, path)
         if (state := _random_state(value)) is not None:
-            return ["random", type(value).__name__, self.node(state, f"{path}.state")]
-        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-            return ["stateful", _name(value), self.node(value.state_dict(), f"{path}.state_dict()")]
-        return self._composed(value, path)
+            return ["random", _name(value), self.node(state, f"{path}.state")]
+        if isinstance(value, enum.Enum):
+            return ["enum", _name(value), value.name]
+        for kind, (plain, _) in _VALUES.items():
+            if isinstance(value, kind):
+                return ["value", f"{kind.__module__}.{kind.__name__}", plain(value)]
+        return self._code(value, path) or self._composed(value, path)
 
-    def _module(self, module: nn.Module, path: str) -> Node:
-        def nodes(values: dict[str, Any]) -> dict[str, Node]:
-            return {name: self.node(value, f"{path}.{name}") for name, value in values.items()}
+    def _code(self, value: Any, path: str) -> Node:
+        """The tree of a function, by its closure; of a partial, by its arguments; of a method, by its object."""
+        if isinstance(value, types.FunctionType):
+            ours = not (value.__module__ or "").startswith(_LIBRARIES)
+            cells = [self.node(cell, f"{path} holds {i}") for i, cell in enumerate(_cells(value))] if ours else []
+            return ["function", _label(value), cells]
+        if isinstance(value, functools.partial):
+            parts = {"func": value.func, "args": list(value.args), "keywords": dict(value.keywords)}
+            return ["partial", *self._nodes(parts, path).values()]
+        if isinstance(value, types.MethodType):
+            return ["method", value.__name__, self.node(value.__self__, f"{path}.__self__")]
+        return None
 
-        attributes = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
-        tables = (module._parameters, module._buffers, module._modules, attributes)
-        return ["module", _name(module), *(nodes(dict(table)) for table in tables)]
+    def _nodes(self, values: dict[str, Any], path: str) -> dict[str, Node]:
+        return {name: self.node(value, f"{path}.{name}") for name, value in values.items()}
+
+    def _tensor(self, value: Tensor, path: str) -> Node:
+        if nn.parameter.is_lazy(value):
+            raise NotResumable(f"{path} has no shape yet")
+        kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+        grad = value.grad.detach() if value.is_leaf and value.grad is not None else None
+        return [kind, value.detach(), grad, value.requires_grad]
 
     def _numpy(self, value: Any, path: str) -> Node:
-        if value.dtype.kind not in "biuf":
-            raise NotResumable(f"{path} is a NumPy array of {value.dtype}; keep numbers")
+        if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
+            raise NotResumable(f"{path} is a NumPy array of {value.dtype}; keep numbers of 64 bits at most")
         kind = "array" if isinstance(value, np.ndarray) else "number"
         return [kind, str(value.dtype), torch.from_numpy(np.array(value, order="C", ndmin=1)), list(value.shape)]
 
     def _composed(self, value: Any, path: str) -> Node:
+        attributes = vars(value) if hasattr(value, "__dict__") else {}
         if isinstance(value, dict):
             items = [
                 [self.node(k, f"{path} key {i}"), self.node(v, f"{path}[{k!r}]")]
                 for i, (k, v) in enumerate(value.items())
             ]
-            return ["dict", _name(value), items]
-        if isinstance(value, tuple | list | set | deque):
-            kind = next(name for name in ("tuple", "list", "set", "deque") if isinstance(value, _TYPES[name]))
-            return [kind, _name(value), [self.node(item, f"{path}[{i}]") for i, item in enumerate(value)]]
-        if hasattr(value, "__next__") or not hasattr(value, "__dict__"):
+            return ["dict", _name(value), items, self._nodes(attributes, path)]
+        for kind, type_ in _SEQUENCES.items():
+            if isinstance(value, type_):
+                items = [self.node(item, f"{path}[{i}]") for i, item in enumerate(value)]
+                return [kind, _name(value), items, getattr(value, "maxlen", None), self._nodes(attributes, path)]
+        slots = any(getattr(base, "__slots__", ()) for base in type(value).__mro__)
+        if isinstance(value, _PLAIN) or slots or hasattr(value, "__next__") or not hasattr(value, "__dict__"):
             raise NotResumable(f"{path} is a {_name(value)}, whose state can't be kept")
-        return ["object", _name(value), {name: self.node(part, f"{path}.{name}") for name, part in vars(value).items()}]
-
-
-_TYPES: dict[str, type] = {"tuple": tuple, "list": list, "set": set, "deque": deque}
+        return ["object", _name(value), self._nodes(attributes, path)]
 
 
 def _name(value: Any) -> str:
@@ -121,9 +148,12 @@ def _name(value: Any) -> str:
 
 def _label(constant: Any) -> str:
     """What tells a constant from another one, in any process."""
-    if isinstance(constant, _PRINTED):
-        return repr(constant)
     return str(getattr(constant, "__qualname__", _name(constant)))
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    """What a function's closure holds."""
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
 
 
 def _random_state(value: Any) -> Any:
@@ -146,13 +176,14 @@ def _set_random_state(generator: Any, state: Any) -> None:
 
 
 class Restore:
-    """Pours a tree into a freshly built object."""
+    """Makes the value of a tree, of freshly built objects where it needs some."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._used: set[int] = set()  # what was tied when built may have been separate since
 
-    def value(self, node: Node, fresh: Any = None, path: str = "") -> Any:
-        """The value of a node: ``fresh`` itself, changed, where it can take the state in, else a new one.
+    def value(self, node: Node, fresh: Any, path: str) -> Any:
+        """The value of a node; ``fresh`` is what the constructor put in its place, None if nothing.
 
         Raises:
             NotResumable: the tree has something that ``fresh`` lacks and that can't be made anew.
@@ -160,122 +191,151 @@ class Restore:
         if not isinstance(node, list):
             return node
         kind, *rest = node
-        if kind == "constant":
-            return _unchanged(fresh, path, rest[0])
         if kind == "same":
             return self._made[rest[0]]
+        if id(fresh) in self._used:
+            fresh = None
+        self._used.add(id(fresh) if fresh is not None else 0)
         self._made[path] = fresh  # for what points back at it from within
-        made = getattr(self, f"_{kind}")(fresh, path, *rest)
-        self._made[path] = made
+        made = self._made[path] = getattr(self, f"_{kind}")(fresh, path, *rest)
         return made
 
-    def _parameter(self, fresh: Any, path: str, data: Tensor, grad: Tensor | None, requires_grad: bool) -> Any:
-        if not isinstance(fresh, nn.Parameter) or fresh.shape != data.shape or fresh.dtype != data.dtype:
-            raise NotResumable(f"{path} is another parameter than it was when the snapshot was taken")
-        fresh.data.copy_(data)
-        fresh.requires_grad_(requires_grad)
-        fresh.grad = None if grad is None else grad.to(fresh.device)
+    def _constant(self, fresh: Any, path: str, label: str) -> Any:
+        if fresh is None or _label(fresh) != label:
+            raise NotResumable(f"{path} was {label} and is {fresh!r} when built afresh")
+        self._used.discard(id(fresh))  # many may share it
         return fresh
 
-    def _tensor(self, fresh: Any, path: str, data: Tensor, requires_grad: bool, device: str) -> Tensor:
-        data = data.to(device if device == "cpu" or torch.cuda.is_available() else "cpu")
-        alike = isinstance(fresh, Tensor) and (fresh.shape, fresh.dtype) == (data.shape, data.dtype)
-        if alike and fresh.is_contiguous() and fresh.device == data.device:
-            fresh.detach().copy_(data)
-            return fresh
-        return data.requires_grad_(requires_grad)
+    def _value(self, fresh: Any, path: str, kind: str, plain: Any) -> Any:
+        return next(make(plain) for it, (_, make) in _VALUES.items() if f"{it.__module__}.{it.__name__}" == kind)
+
+    def _enum(self, fresh: Any, path: str, name: str, member: str) -> Any:
+        _check_type(fresh, path, name)
+        self._used.discard(id(fresh))
+        return type(fresh)[member]
+
+    def _function(self, fresh: Any, path: str, label: str, cells: list[Node]) -> Any:
+        self._constant(fresh, path, label)
+        if cells and len(_cells(fresh)) != len(cells):
+            raise NotResumable(f"{path} holds something else than it did")
+        for i, (node, old) in enumerate(zip(cells, _cells(fresh), strict=False)):
+            fresh.__closure__[i].cell_contents = self.value(node, old, f"{path} holds {i}")
+        return fresh
+
+    def _partial(self, fresh: Any, path: str, function: Node, args: Node, keywords: Node) -> Any:
+        known = fresh if isinstance(fresh, functools.partial) else functools.partial(_nothing)
+        made = self.value(function, known.func, f"{path}.func")
+        given = self.value(args, list(known.args), f"{path}.args")
+        return functools.partial(made, *given, **self.value(keywords, dict(known.keywords), f"{path}.keywords"))
+
+    def _method(self, fresh: Any, path: str, name: str, owner: Node) -> Any:
+        return getattr(self.value(owner, getattr(fresh, "__self__", None), f"{path}.__self__"), name)
+
+    def _parameter(self, fresh: Any, path: str, data: Tensor, grad: Tensor | None, requires_grad: bool) -> Any:
+        if not isinstance(fresh, nn.Parameter) or nn.parameter.is_lazy(fresh):
+            raise NotResumable(f"{path} is a parameter that is not there when built afresh")
+        if (fresh.shape, fresh.dtype, fresh.device.type) != (data.shape, data.dtype, data.device.type):
+            raise NotResumable(f"{path} is another parameter than it was when the snapshot was taken")
+        fresh.data = data
+        fresh.requires_grad_(requires_grad)
+        fresh.grad = grad
+        return fresh
+
+    def _tensor(self, fresh: Any, path: str, data: Tensor, grad: Tensor | None, requires_grad: bool) -> Tensor:
+        data.requires_grad_(requires_grad)
+        data.grad = grad
+        return data
 
     def _module(self, fresh: Any, path: str, name: str, *tables: dict[str, Node]) -> Any:
         _check_type(fresh, path, name)
-        parameters, buffers, modules, attributes = tables
-        own = {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
-        for table, nodes in own.items():
-            there = getattr(fresh, table)
-            for key, node in nodes.items():
-                there[key] = self.value(node, there.get(key), f"{path}.{key}")
-        for key, node in attributes.items():
-            vars(fresh)[key] = self.value(node, vars(fresh).get(key), f"{path}.{key}")
+        *of_torch, attributes = tables
+        for there, nodes in zip((fresh._parameters, fresh._buffers, fresh._modules), of_torch, strict=True):
+            self._fill(there, nodes, path)
+        self._fill(vars(fresh), attributes, path, keep=_OF_MODULES)
         return fresh
 
+    def _fill(
+        self, there: dict[str, Any], nodes: dict[str, Node], path: str, keep: frozenset[str] = frozenset()
+    ) -> None:
+        """Gives a table of attributes the values of the nodes, and nothing else."""
+        old = {key: there.pop(key) for key in list(there) if key not in keep}
+        for key, node in nodes.items():
+            there[key] = self.value(node, old.get(key), f"{path}.{key}")
+
     def _array(self, fresh: Any, path: str, dtype: str, data: Tensor, shape: list[int]) -> Any:
-        values = data.numpy().astype(dtype, copy=False).reshape(shape)
-        if isinstance(fresh, np.ndarray) and fresh.shape == values.shape and fresh.dtype == values.dtype:
-            fresh[...] = values
-            return fresh
-        return values
+        return data.numpy().astype(dtype, copy=False).reshape(shape)
 
     def _number(self, fresh: Any, path: str, dtype: str, data: Tensor, shape: list[int]) -> Any:
         return data.numpy().astype(dtype, copy=False)[0]
 
     def _random(self, fresh: Any, path: str, name: str, state: Node) -> Any:
-        if type(fresh).__name__ != name:
-            raise NotResumable(f"{path} was a {name} and is a {type(fresh).__name__} when built afresh")
-        _set_random_state(fresh, self.value(state, path=f"{path}.state"))
-        return fresh
-
-    def _stateful(self, fresh: Any, path: str, name: str, state: Node) -> Any:
         _check_type(fresh, path, name)
-        fresh.load_state_dict(self.value(state, fresh.state_dict(), f"{path}.state_dict()"))
+        _set_random_state(fresh, self.value(state, None, f"{path}.state"))
         return fresh
 
-    def _dict(self, fresh: Any, path: str, name: str, items: list[list[Node]]) -> Any:
-        if fresh is None or _name(fresh) != name:
-            if name not in ("builtins.dict", "collections.OrderedDict"):
-                raise NotResumable(f"{path} was a {name}, which can't be made anew")
-            fresh = {} if name == "builtins.dict" else OrderedDict()
-        old = dict(fresh)
+    def _dict(self, fresh: Any, path: str, name: str, items: list[list[Node]], attributes: dict[str, Node]) -> Any:
+        if fresh is None:
+            fresh = {"builtins.dict": {}, "collections.OrderedDict": OrderedDict()}.get(name)
+        _check_type(fresh, path, name)
+        self._made[path] = fresh
+        old, keys = dict(fresh), list(fresh)
         fresh.clear()
         for i, (key_node, node) in enumerate(items):
-            key = self.value(key_node, path=f"{path} key {i}")
+            key = self.value(key_node, keys[i] if i < len(keys) else None, f"{path} key {i}")
             fresh[key] = self.value(node, old.get(key), f"{path}[{key!r}]")
+        self._fill(getattr(fresh, "__dict__", {}), attributes, path)
         return fresh
 
-    def _items(self, fresh: Any, path: str, items: list[Node]) -> list[Any]:
+    def _sequence(
+        self, fresh: Any, path: str, name: str, items: list[Node], maxlen: int | None, attributes: dict[str, Node]
+    ) -> Any:
         old = list(fresh) if isinstance(fresh, tuple | list | deque) else []
         old += [None] * (len(items) - len(old))
-        return [self.value(item, old[i], f"{path}[{i}]") for i, item in enumerate(items)]
+        made = fresh
+        if _name(fresh) != name or getattr(fresh, "maxlen", None) != maxlen:
+            kind = next((it for it in _SEQUENCES.values() if f"{it.__module__}.{it.__name__}" == name), None)
+            if kind is None:
+                raise NotResumable(f"{path} was a {name} and is a {_name(fresh)} when built afresh")
+            made = deque(maxlen=maxlen) if kind is deque else kind()
+        self._made[path] = made
+        values = [self.value(item, old[i], f"{path}[{i}]") for i, item in enumerate(items)]
+        if isinstance(made, tuple | frozenset):
+            return type(made)(*values) if hasattr(made, "_fields") else type(made)(values)
+        made.clear()
+        (made.update if isinstance(made, set) else made.extend)(values)
+        self._fill(getattr(made, "__dict__", {}), attributes, path)
+        return made
 
-    def _tuple(self, fresh: Any, path: str, name: str, items: list[Node]) -> Any:
-        values = self._items(fresh, path, items)
-        if name == "builtins.tuple":
-            return tuple(values)
-        _check_type(fresh, path, name)
-        return type(fresh)(*values)  # a named tuple
-
-    def _list(self, fresh: Any, path: str, name: str, items: list[Node]) -> Any:
-        return self._filled(fresh, path, name, items, list)
-
-    def _set(self, fresh: Any, path: str, name: str, items: list[Node]) -> Any:
-        return self._filled(fresh, path, name, items, set)
-
-    def _deque(self, fresh: Any, path: str, name: str, items: list[Node]) -> Any:
-        return self._filled(fresh, path, name, items, deque)
-
-    def _filled(self, fresh: Any, path: str, name: str, items: list[Node], kind: type) -> Any:
-        values = self._items(fresh, path, items)
-        if fresh is None and name == f"{kind.__module__}.{kind.__qualname__}":
-            return kind(values)
-        _check_type(fresh, path, name)
-        fresh.clear()
-        (fresh.update if isinstance(fresh, set) else fresh.extend)(values)
-        return fresh
+    _tuple = _list = _set = _frozenset = _deque = _sequence
 
     def _object(self, fresh: Any, path: str, name: str, attributes: dict[str, Node]) -> Any:
         _check_type(fresh, path, name)
-        for key, node in attributes.items():
-            vars(fresh)[key] = self.value(node, vars(fresh).get(key), f"{path}.{key}")
+        self._fill(vars(fresh), attributes, path)
         return fresh
 
 
-def _unchanged(fresh: Any, path: str, label: str) -> Any:
-    if fresh is None or _label(fresh) != label:
-        raise NotResumable(f"{path} was {label} and is {fresh!r} when built afresh")
-    return fresh
+def _nothing() -> None:
+    """Stands for the function of a partial that is not there."""
 
 
 def _check_type(fresh: Any, path: str, name: str) -> None:
     if _name(fresh) != name:
         raise NotResumable(f"{path} was a {name} and is a {_name(fresh)} when built afresh")
+
+
+def equal(one: Node, other: Node) -> bool:
+    """Whether two trees say the same, to the bit; NaN is NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if (one.shape, one.dtype, one.stride(), one.device) != (other.shape, other.dtype, other.stride(), other.device):
+            return False
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict):
+        return [*one] == [*other] and all(equal(one[key], other[key]) for key in one)
+    return bool(one == other) or (isinstance(one, float) and math.isnan(one) and math.isnan(other))
 
 
 def capture(value: Any, name: str = "") -> Node:
@@ -284,14 +344,27 @@ def capture(value: Any, name: str = "") -> Node:
     Raises:
         NotResumable: see ``Capture.node``.
     """
-    return Capture().node(value, name)
+    try:
+        return Capture().node(value, name)
+    except NotResumable:
+        raise
+    except Exception as error:
+        raise NotResumable(f"the state of {name} can't be kept: {type(error).__name__}: {error}") from error
 
 
 def restore(node: Node, fresh: Any = None, name: str = "") -> Any:
-    """The value of a tree, poured into ``fresh`` where that can take it.
+    """The value of a tree, made of ``fresh``; of no use afterwards if this fails.
 
     Raises:
-        NotResumable: see ``Restore.value``.
+        NotResumable: see ``Restore.value``; or what was made is not what the tree says.
     """
     with torch.no_grad():
-        return Restore().value(node, fresh, name)
+        try:
+            made = Restore().value(node, fresh, name)
+        except NotResumable:
+            raise
+        except Exception as error:
+            raise NotResumable(f"{name} can't go on: {type(error).__name__}: {error}") from error
+        if not equal(capture(made, name), node):
+            raise NotResumable(f"{name} is not what it was when built afresh and filled")
+    return made

@@ -1,6 +1,7 @@
 """The training loop, and the model that it leaves behind."""
 
 import ctypes
+import io
 import math
 import os
 import time
@@ -199,15 +200,27 @@ def _update(
 
 
 def measure(algorithm: Any, splits: Sequence[Split], plan: Plan, device: torch.device) -> Measured:
-    """Accuracies of the splits of one environment; a request to end interrupts it, and leaves no trace of it."""
-    before = snapshots.random_states()  # images may be opened with random transforms
+    """Accuracies of the splits of one environment; a request to end interrupts it, and leaves no trace of it.
+
+    Raises:
+        Preempted: somebody asked to end.
+        Unsaved: the same, and predicting has changed the algorithm, as test-time adaptation does.
+    """
+    random_states, versions = snapshots.random_states(), _versions(algorithm)
     try:
         with interruption.at_once():
             found = evaluate(algorithm, splits, plan.num_confounders, device, plan.precision, plan.num_workers)
-    except interruption.Preempted:
-        snapshots.set_random_states(before)
+    except interruption.Preempted as request:
+        snapshots.set_random_states(random_states)  # images may be opened with random transforms
+        if versions != _versions(algorithm):
+            raise interruption.Unsaved(str(request)) from request
         raise
     return {place: (accuracy.average, accuracy.groups, accuracy.counts) for place, accuracy in found.items()}
+
+
+def _versions(algorithm: Any) -> list[tuple[int, int]]:
+    """What changes when one of the algorithm's tensors does."""
+    return [(id(tensor), tensor._version) for tensor in (*algorithm.parameters(), *algorithm.buffers())]
 
 
 def _record(progress: Progress, plan: Plan, device: torch.device) -> dict[str, Any]:
@@ -234,5 +247,7 @@ def save_model(
         "task": task.to_dict(),
         **more,
     }
+    written = io.BytesIO()  # writing to the file itself, torch would hide why it can't
+    torch.save(content, written)
     with run_directory.whole(Path(path)) as file:
-        torch.save(content, file)
+        file.write(written.getbuffer())

@@ -14,6 +14,7 @@ from torch import nn
 
 from domainbed import records, snapshots, training
 
+HPARAMS = {"lr": 0.5}
 ARGS = {"algorithm": "Any", "seed": 1, "test_envs": [0]}
 
 
@@ -35,7 +36,7 @@ def record(directory: Path, step: int) -> None:
 
 
 def save(directory: Path, algorithm: Any, progress: Any) -> None:
-    snapshots.write(directory, snapshots.take(directory, algorithm, progress, ARGS))
+    snapshots.write(directory, snapshots.take(directory, algorithm, progress, {"args": ARGS, "hparams": HPARAMS}))
 
 
 def steps(directory: Path) -> list[int]:
@@ -56,7 +57,7 @@ def two(tmp_path: Path) -> Path:
 
 
 def loaded_step(directory: Path) -> int | None:
-    content = snapshots.load(directory, ARGS)
+    content = snapshots.load(directory, ARGS, HPARAMS)
     if content is None:
         return None
     progress = training.Progress()
@@ -74,7 +75,7 @@ def test_weights_optimizer_and_all_random_numbers_go_on(tmp_path: Path) -> None:
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
-    fresh, progress, content = Small(), training.Progress(), snapshots.load(tmp_path, ARGS)
+    fresh, progress, content = Small(), training.Progress(), snapshots.load(tmp_path, ARGS, HPARAMS)
     assert content is not None
     snapshots.restore(content, fresh, progress)
     assert progress == training.Progress(step=1, values={"loss": [0.5]})
@@ -90,7 +91,7 @@ def test_the_newest_is_taken_and_later_records_are_cut(two: Path, caplog: pytest
 
 
 def test_none_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert snapshots.load(tmp_path, ARGS) is None
+    assert snapshots.load(tmp_path, ARGS, HPARAMS) is None
     assert not caplog.records
 
 
@@ -168,8 +169,25 @@ def test_lost_records(two: Path) -> None:
 
 def test_another_runs_snapshot_is_refused(two: Path) -> None:
     with pytest.raises(ValueError, match=r"holds another run \(seed: 1 there, 2 now"):
-        snapshots.load(two, ARGS | {"seed": 2})
+        snapshots.load(two, ARGS | {"seed": 2}, HPARAMS)
     assert steps(two) == [3, 6, 7, 8]
+
+
+def test_an_argument_that_it_lacks_had_its_default(two: Path) -> None:
+    args = ARGS | {"new": "default"}
+    assert snapshots.load(two, args, HPARAMS, {"new": "default", "seed": 7}) is not None
+
+
+def test_other_hparams_start_over(two: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert snapshots.load(two, ARGS, {"lr": 1.0}) is None
+    assert "the hparams were {'lr': 0.5} and are {'lr': 1.0}" in caplog.text
+
+
+def test_a_snapshot_from_before_the_first_record_leaves_none(tmp_path: Path) -> None:
+    save(tmp_path, Small(), training.Progress())
+    record(tmp_path, 0)
+    assert loaded_step(tmp_path) == 0
+    assert steps(tmp_path) == []
 
 
 def test_another_torch_is_said(two: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -198,11 +216,10 @@ def test_a_damaged_one_never_takes_the_place_of_the_good_one(two: Path, monkeypa
 def test_a_failed_write_leaves_the_last_one_and_no_rubbish(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (two / "snapshot.pkl").read_bytes(), (two / "snapshot_previous.pkl").read_bytes()
 
-    def full(content: Any, file: Any) -> None:
-        file.write(b"x" * 100)
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         save(two, Small(), training.Progress())
     assert ((two / "snapshot.pkl").read_bytes(), (two / "snapshot_previous.pkl").read_bytes()) == before

@@ -61,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}; wait for it, or name another --output_dir", file=sys.stderr)
         return claims.EXIT_LOCKED
     except interruption.Preempted as error:
-        print(f"{error}: saved, to go on where it was: run the same command again", file=sys.stderr)
+        saved = "not saved, it goes on from its last snapshot, if there is one"
+        saved = saved if isinstance(error, interruption.Unsaved) else "saved, to go on where it was"
+        again = "run the same command again" + (", but for --overwrite" if overwrite else "")
+        print(f"{error}: {saved}: {again}", file=sys.stderr)
         return interruption.EXIT_PREEMPTED
 
 
@@ -71,7 +74,7 @@ def _ask_to_end() -> None:
 
 def _end_at_once() -> None:
     """Nothing may be written any more into a directory that another process has taken over."""
-    print("another process has taken this run over, since this one did not move for a while", file=sys.stderr)
+    print("another process has taken this run over, or its directory was removed", file=sys.stderr)
     os._exit(claims.EXIT_LOCKED)
 
 
@@ -79,9 +82,10 @@ def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: clai
     directory = Path(args["output_dir"])
     try:
         with bad_input():
-            hparams = resolve(args)
+            hparams, snapshot = resolve(args), None
             if not overwrite:
                 run_directory.check_same_run(directory, args, defaults(args))
+                snapshot = snapshots.load(directory, args, hparams, defaults(args))
     except BadInput as error:
         if run_directory.is_fresh(directory):  # nothing is written into another run's directory
             (directory / "err.txt").write_text(f"error: {error}\n", encoding="utf-8")
@@ -94,30 +98,33 @@ def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: clai
     with _kept_failure(directory), _kept_output(directory):
         _print_header(args, hparams)
         with bad_input():
-            execution = begin(args, hparams, overwrite, claim, save_every_s)
+            execution = begin(args, hparams, snapshot, claim, save_every_s)
         execution.finish()
     run_directory.mark_done(directory)
     return 0
 
 
 def begin(
-    args: dict[str, Any], hparams: dict[str, Any], overwrite: bool, claim: claims.Claim, save_every_s: float
+    args: dict[str, Any],
+    hparams: dict[str, Any],
+    snapshot: dict[str, Any] | None,
+    claim: claims.Claim,
+    save_every_s: float,
 ) -> Execution:
-    """The run as it was when its last snapshot was written, or else, and to overwrite it, at its first step.
+    """The run as it was when the snapshot was written; without one, or if it does not fit, at its first step.
 
     Raises:
-        ValueError, FileNotFoundError: see ``build``; or the snapshot is another run's.
+        ValueError, FileNotFoundError: see ``build``.
     """
-    directory = args["output_dir"]
-    if not overwrite and (content := snapshots.load(directory, args)) is not None:
+    if snapshot is not None:
         execution = Execution(build(args, hparams), claim, save_every_s)
         try:
-            execution.resume(content)
+            execution.resume(snapshot)
             return execution
         except NotResumable as error:
             logger.warning("the run starts over: %s", error)
     execution = Execution(build(args, hparams), claim, save_every_s)
-    run_directory.clear(directory)
+    run_directory.clear(args["output_dir"])
     return execution
 
 
@@ -127,11 +134,11 @@ def _kept_failure(directory: Path) -> Iterator[None]:
     (directory / run_directory.FAILED_FILE).unlink(missing_ok=True)
     try:
         yield
-    except (interruption.Preempted, claims.Lost):
+    except claims.Lost:
         raise
     except Exception as error:
         if interruption.requested():
-            raise interruption.Preempted(f"not saved ({error})") from error
+            raise interruption.Unsaved(in_a_line(error)) from error
         if not run_directory.is_done(directory):  # an old run, overwritten in vain
             states.write_failure(directory, in_a_line(error), BAD_INPUT_STATUS if isinstance(error, BadInput) else 1)
         raise

@@ -70,8 +70,10 @@ class Execution:
         """Goes on from a snapshot.
 
         Raises:
-            NotResumable: it doesn't fit the algorithm, which is of no use from then on.
+            NotResumable: it doesn't fit the data or the algorithm, which is of no use from then on.
         """
+        if content["task"] != self.run.task.to_dict():
+            raise NotResumable(f"the data were those of {content['task']} and are of {self.run.task.to_dict()}")
         snapshots.restore(content, self.run.algorithm, [self.progress, self.run.stopping])
         for pattern in (explanation_records.EXPLANATIONS_FILE, "*.partial"):
             for path in self.run.directory.glob(pattern):
@@ -82,12 +84,16 @@ class Execution:
         """Trains to the end and writes the models.
 
         Raises:
-            Preempted: somebody asked to end; a snapshot is written.
+            Preempted: somebody asked to end, and a snapshot is written.
+            Unsaved: somebody asked to end, and none can be written.
         """
         try:
             self._train()
-        except interruption.Preempted:
-            self.save()
+        except interruption.Unsaved:
+            raise
+        except interruption.Preempted as request:
+            if not self.save():
+                raise interruption.Unsaved(str(request)) from request
             raise
         if not self.run.args["skip_model_save"]:
             self._save_model(training.MODEL_FILE, step=self.progress.step - 1)
@@ -141,22 +147,24 @@ class Execution:
         run = self.run
         training.save_model(run.directory / name, run.algorithm, run.task, run.hparams, run.args, **more)
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Writes a snapshot; one that can't be written is a warning, since the run itself is not hurt by it."""
         if not self.resumable:
-            return
-        started = time.monotonic()
+            return False
+        started, written, run = time.monotonic(), False, self.run
         self.claim.check()
         try:
-            loop = [self.progress, self.run.stopping]
-            content = snapshots.take(self.run.directory, self.run.algorithm, loop, self.run.args)
-            snapshots.write(self.run.directory, content)
+            identity = {"args": run.args, "hparams": run.hparams, "task": run.task.to_dict()}
+            content = snapshots.take(run.directory, run.algorithm, [self.progress, run.stopping], identity)
+            snapshots.write(run.directory, content)
+            written = True
         except NotResumable as error:
             self.resumable = False
             logger.warning("no snapshots: %s; if it is killed, this run starts over", error)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             logger.warning("a snapshot could not be written (%s); training goes on, the last one stays", error)
         self.schedule.done(started)
+        return written
 
 
 def explain(run: Run, step: int) -> None:

@@ -280,3 +280,144 @@ def test_a_run_that_slept_and_was_replaced_writes_nothing(tmp_path: Path, monkey
     monkeypatch.setattr(group_dro, "update", at_call(2, replaced, group_dro.update))
     with pytest.raises(Ended):
         main(tmp_path)
+
+
+def run_cut_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any, *flags: str) -> tuple[Path, Path]:
+    """An undisturbed run, and one during which ``act(patch)`` arranges for a request to end; both are done."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(whole, *flags) == 0
+    with monkeypatch.context() as patch:
+        act(patch)
+        assert main(cut, *flags) == 75
+    assert main(cut, *flags) == 0
+    return whole, cut
+
+
+def in_update(count: int) -> Any:
+    def arrange(patch: pytest.MonkeyPatch) -> None:
+        group_dro = algorithms.get_algorithm_class("GroupDRO")
+        patch.setattr(group_dro, "update", at_call(count, signal_us, group_dro.update))
+
+    return arrange
+
+
+def test_domain_adaptation_goes_on_with_the_next_unlabelled_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_dro = algorithms.get_algorithm_class("GroupDRO")
+    update = group_dro.update
+    seen = lambda self, batches, unlabeled: update(self, batches) | {"seen": float(unlabeled[0].sum())}  # noqa: E731
+    monkeypatch.setattr(group_dro, "update", seen)
+    flags = ("--task", "domain_adaptation", "--uda_holdout_fraction", "0.5")
+    assert_equal_runs(*run_cut_and_run_again(tmp_path, monkeypatch, in_update(4), *flags))
+
+
+SOON_OVER = '{"backbone": "small_cnn", "batch_size": 4, "patience": 2, "min_delta": 1.0}'
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_early_stopping_goes_on_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    whole, cut = run_cut_and_run_again(tmp_path, monkeypatch, in_update(count), "--hparams", SOON_OVER)
+    assert_equal_runs(whole, cut)
+    assert [record["step"] for record in results(cut)] == [0, 3, 6]
+
+
+def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--hparams", SOON_OVER, "--explain", "2")
+    patched = "domainbed.scripts.train_execution.explain"
+    assert_equal_runs(
+        *run_cut_and_run_again(
+            tmp_path, monkeypatch, lambda patch: patch.setattr(patched, lambda *_: signal_us()), *flags
+        )
+    )
+
+
+class Predicts(ERM):
+    """Its predictions draw random numbers, change a buffer, or go on whatever happens."""
+
+    HPARAMS: Any = {}
+    way = ""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        return super().update([(x + 0.1 * torch.randn_like(x), y) for x, y in minibatches]) | {"seen": self.seen.item()}
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().predict(x)
+        if self.training:
+            return logits
+        try:
+            self.interrupt()
+            return logits + (0.1 * torch.randn_like(logits) if self.way == "noisy" else 0)
+        except Exception:
+            return -logits
+        finally:
+            if self.way == "adapting":
+                self.seen += 1
+
+    def interrupt(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("way", ["noisy", "adapting", "swallowing"])
+def test_whatever_predicting_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: str
+) -> None:
+    monkeypatch.setattr(algorithms, "Predicts", Predicts, raising=False)
+    monkeypatch.setattr(Predicts, "way", way)
+
+    def arrange(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Predicts, "interrupt", at_call(4, signal_us, Predicts.interrupt))
+
+    whole, cut = run_cut_and_run_again(tmp_path, monkeypatch, arrange, "--algorithm", "Predicts")
+    assert_equal_runs(whole, cut)
+    assert ("not saved" in capsys.readouterr().err) == (way == "adapting")
+    assert "Preempted" not in (cut / "err.txt").read_text()
+
+
+def test_another_runs_command_leaves_a_snapshot_alone(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        in_update(0)(patch)
+        assert main(tmp_path) == 75
+    printed = (tmp_path / "out.txt").read_text()
+    with pytest.raises(Exception, match="holds another run"):
+        main(tmp_path, "--seed", "5")
+    assert states.read(tmp_path).state == State.PREEMPTED
+    assert (tmp_path / "out.txt").read_text() == printed
+    assert main(tmp_path) == 0
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_other_data_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        in_update(3)(patch)
+        assert main(tmp_path) == 75
+    content = snapshots.read(tmp_path / "snapshot.pkl")
+    content["task"] |= {"group_counts": (1, 1, 1, 1)}
+    snapshots.write(tmp_path, content)
+    assert main(tmp_path) == 0
+    assert "the run starts over: the data were those of" in caplog.text
+
+
+def test_how_far_it_is_shows_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT_S", 0.01)
+    seen: list[tuple[int | None, int | None]] = []
+
+    def look() -> None:
+        deadline = threading.Event()
+        while states.read(tmp_path).step != 5:
+            assert not deadline.wait(0.01)
+        seen.append((states.read(tmp_path).step, states.read(tmp_path).steps))
+
+    with monkeypatch.context() as patch:
+        group_dro = algorithms.get_algorithm_class("GroupDRO")
+        patch.setattr(group_dro, "update", at_call(5, look, group_dro.update))
+        assert main(tmp_path) == 0
+    assert seen == [(5, 8)]
