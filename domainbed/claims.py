@@ -220,8 +220,10 @@ class Claim:
         self._thread.start()
 
     def report(self, step: int, steps: int) -> None:
-        """Says how far the run is; written at the next heartbeat."""
-        self._progress = (int(step), int(steps))
+        """Says how far the run is; written at the next heartbeat, and the first time at once."""
+        first, self._progress = self._progress == (None, None), (int(step), int(steps))
+        if first:
+            self._beat()
 
     def check(self) -> None:
         """Call before each write.

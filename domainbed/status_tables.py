@@ -82,25 +82,25 @@ def overview(jobs: Iterable[Listed], statuses: Mapping[str, Status], now: float)
             done.append(entry.status.time or 0.0)
     found.running.sort(key=lambda entry: -(entry.status.heartbeat_age_s or 0.0))
     found.failed.sort(key=lambda entry: -(entry.status.time or 0.0))
-    found.jobs_per_hour = rate(done, now, working=bool(found.running))
+    found.jobs_per_hour = rate(done, now, len(found.running))
     if found.running and found.jobs_per_hour:
         found.left_s = 3600 * sum(found.counts[state] for state in OPEN) / found.jobs_per_hour
     return found
 
 
-def rate(done: Sequence[float], now: float, working: bool) -> float | None:
-    """Jobs per hour from the times of the last completions; None where they are fewer than two.
+def rate(done: Sequence[float], now: float, running: int) -> float | None:
+    """Jobs per hour from the times of the last completions; None where they are too few to tell.
 
     Args:
         done: unix seconds.
-        working: whether jobs run now: then the time since the last completion counts too, lest a sweep that got
-            stuck seem fast.
+        running: how many run now. So many may have ended at once, which says nothing; and if some do, the time since
+            the last completion counts too, lest a sweep that got stuck seem fast.
     """
     recent = sorted(done)[-RECENT:]
-    if len(recent) < 2:
+    if len(recent) < max(2, running + 1):
         return None
     between = (recent[-1] - recent[0]) / (len(recent) - 1)
-    waited = (now - recent[0]) / len(recent) if working else 0.0
+    waited = (now - recent[0]) / len(recent) if running else 0.0
     return 3600 / max(between, waited, 1e-3)
 
 

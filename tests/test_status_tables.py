@@ -45,13 +45,14 @@ def test_counts():
 
 
 def test_rate():
-    assert rate([5.0], 10.0, working=True) is None
-    assert rate([0.0, 3600.0, 7200.0], 7200.0, working=False) == 1.0
-    assert rate([0.0, 3600.0, 7200.0], 7200.0, working=True) == 1.0
-    assert rate([0.0, 3600.0, 7200.0], 36 * 3600.0, working=False) == 1.0
-    assert rate([0.0, 3600.0, 7200.0], 36 * 3600.0, working=True) == pytest.approx(3 / 36)
+    assert rate([0.0, 1.0], 2.0, running=2) is None  # they may have ended at once
+    assert rate([5.0], 10.0, running=0) is None
+    assert rate([0.0, 3600.0, 7200.0], 7200.0, running=0) == 1.0
+    assert rate([0.0, 3600.0, 7200.0], 7200.0, running=2) == 1.0
+    assert rate([0.0, 3600.0, 7200.0], 36 * 3600.0, running=0) == 1.0
+    assert rate([0.0, 3600.0, 7200.0], 36 * 3600.0, running=2) == pytest.approx(3 / 36)
     long_ago = [0.0] * 9
-    assert rate(long_ago + [1e6 + 36 * i for i in range(50)], 1e6 + 49 * 36, working=True) == 100.0
+    assert rate(long_ago + [1e6 + 36 * i for i in range(50)], 1e6 + 49 * 36, running=2) == 100.0
 
 
 def test_end():

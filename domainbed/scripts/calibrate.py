@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from domainbed import evaluation, training
@@ -105,6 +106,8 @@ def calibrate(question: Mapping[str, Any]) -> dict[str, Any]:
         kind its timing, or ``{"reason": ...}`` if it has none.
     """
     found, import_s = [], time.process_time()
+    with suppress(Exception):  # what is imported only now is no part of the first kind's start; it fails again below
+        train.build(*typical(question["kinds"][0]["draws"]))
     for number, kind in enumerate(question["kinds"], 1):
         print(f"timing {number} of {len(question['kinds'])}: {kind['name']}", file=sys.stderr, flush=True)
         try:

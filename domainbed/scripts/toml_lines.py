@@ -14,8 +14,8 @@ _SYNTAX = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$")
 def key_lines(text: str) -> dict[Path, int]:
     """The line, from 1, of every table, key and element of a TOML document that is well-formed.
 
-    A statement that spans lines counts as its first: what is within its value has that line, too. So ``("rows", 1)``
-    has the line of the second ``[[rows]]``.
+    ``("rows", 1)`` has the line of the second ``[[rows]]``, an element of an array that spans lines the one where it
+    ends; what is within such an element has the statement's first.
     """
     found: dict[Path, int] = {}
     lengths: Counter[Path] = Counter()  # of arrays of tables, so far
@@ -29,7 +29,23 @@ def key_lines(text: str) -> dict[Path, int]:
             paths = list(_paths(parsed, table))
         for path in paths:
             found.setdefault(path, line)
+        for path, later in _elements(statement, parsed, table):
+            found[path] = line + later
     return found
+
+
+def _elements(statement: str, parsed: dict[str, Any], table: Path) -> Iterator[tuple[Path, int]]:
+    """The elements of an array that spans lines, and how many lines after its first each one ends."""
+    lines, (key, value) = statement.rstrip().split("\n"), next(iter(parsed.items()))
+    if len(lines) == 1 or not isinstance(value, list):
+        return
+    seen = 0
+    for number in range(len(lines)):
+        so_far = "\n".join(lines[: number + 1])
+        text = so_far if number == len(lines) - 1 else f"{so_far}\n]"
+        there = len(tomllib.loads(text)[key]) if _is_toml(text) else seen
+        yield from (((*table, key, position), number) for position in range(seen, there))
+        seen = max(seen, there)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """Sweep files: where their keys stand, and that what is wrong is said with its line."""
 
+import functools
 import tomllib
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_lines_of_our_own_files(path):
     assert set(lines) == set(places(tomllib.loads(text))) - {()}
     for place, line in lines.items():
         name = next(key for key in reversed(place) if isinstance(key, str))
-        assert name in written[line - 1]
+        element = functools.reduce(lambda value, key: value[key], place, tomllib.loads(text))
+        assert name in written[line - 1] or (isinstance(place[-1], int) and str(element) in written[line - 1])
 
 
 @pytest.mark.parametrize(
@@ -107,14 +109,14 @@ def test_lines_of_what_is_no_toml(text, line):
         ("slurm_time = 01:00:00", 1, "slurm_time must be a text in quotes; got datetime.time(1, 0)"),
         ("task = 'dg'", 1, "task is 'dg'; allowed: domain_generalization, domain_adaptation"),
         ("datasets = { a = 1 }", 1, "datasets must be a text in quotes; got {'a': 1}"),
-        ("seeds = [\n1,\n'x']", 1, "seeds must be a whole number; got 'x'"),
+        ("seeds = [\n1,\n'x']", 3, "seeds must be a whole number; got 'x'"),
         ("seeds = []", 1, "seeds is empty"),
         ("steps = 1\nhparams = '{lr'", 2, "hparams are a JSON object"),
         ("hparams = 5", 1, "hparams must be a text in quotes; got 5"),
         ("[hparams]\nlr = 1\nwd = 01:00:00", 3, "wd must be a number, text, true, false, or a list; got 01:00:00"),
         ("ranges = '{\"lr\": 5}'", 1, "range of lr is 5"),
         ("[ranges]\nlr = 'U(0, 1)'\nwd = 'N(0, 1)'", 3, "range of wd is"),
-        ("datasets = [\n'Debug28', 'Debug29']", 1, "dataset not found: Debug29; did you mean Debug28"),
+        ("datasets = [\n'Debug28',  # 'Debug29'\n'Debug29'\n]", 3, "dataset not found: Debug29; did you mean Debug28"),
         ("n_trials = 1\ndatasets = ['Debug28', 'Debug28']", 2, "dataset Debug28 is named twice"),
         ("algorithms = ['ERM', 'ERN']", 1, "algorithm not found: ERN; did you mean ERM"),
         ("algorithms = ['ERM:grup']", 1, "partition not found: grup; did you mean group"),
