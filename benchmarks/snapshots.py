@@ -16,7 +16,6 @@ from domainbed.scripts.train_execution import Execution
 
 RUNS = {
     "ERM, small CNN, 36 px": ["--dataset", "DigitsM2M", "--algorithm", "ERM", "--steps", "1500"],
-    "EX2L_MAE, small CNN, 36 px": ["--dataset", "DigitsM2M", "--algorithm", "EX2L_MAE", "--steps", "500"],
     "ERM, ResNet-18, 224 px": [
         "--dataset", "Debug224", "--algorithm", "ERM", "--steps", "60", "--hparams",
         '{"backbone": "resnet18", "pretrained": false, "batch_size": 8}',
