@@ -1,5 +1,6 @@
 """Commands as processes of their own: started afresh, or forked from a process that has torch loaded."""
 
+import errno
 import json
 import os
 import signal
@@ -7,25 +8,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeGuard
+from typing import IO, TypeGuard
 
-from domainbed import states
-from domainbed.claims import EXIT_LOCKED
-from domainbed.commands import TRAIN, Command
-from domainbed.interruption import EXIT_PREEMPTED
+from domainbed import holders, states
+from domainbed.commands import TRAIN, Command, program
 
-EXIT_FAILED = 1
 EXIT_NOT_STARTED = 127  # as the shell says it
-REQUEUE = EXIT_PREEMPTED  # for what has never run, too
+_LATER = (errno.EAGAIN, errno.ETOOMANYREFS)  # there is no room for a request, or for another file on its way
+_GONE = (errno.EPIPE, errno.ECONNRESET)
 
 
-def code_of(directory: str) -> int:
-    """The exit code that a job's directory speaks for; REQUEUE if it has yet to run, or to go on."""
-    known = {states.State.DONE: 0, states.State.FAILED: EXIT_FAILED, states.State.RUNNING: EXIT_LOCKED}
-    return known.get(states.read(directory).state, REQUEUE)
+def killed_by(code: int) -> str:
+    """What a negative exit code says."""
+    names = {int(number): number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 def oom_kills() -> int:
@@ -75,8 +75,7 @@ class Child:
         if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
             return "out of memory: the kernel killed it (SIGKILL); take fewer --workers or a smaller batch_size"
         if code is not None and code < 0:
-            names = {int(number): number.name for number in signal.Signals}
-            return f"killed by {names.get(-code, f'signal {-code}')}"
+            return killed_by(code)
         return self.last_lines(1).strip() or f"exit status {code}"
 
     def close(self) -> None:
@@ -88,9 +87,7 @@ class ProcessChild(Child):
 
     def __init__(self, command: str, environment: Mapping[str, str]) -> None:
         super().__init__()
-        words: Sequence[str] | str = command
-        if isinstance(command, Command):
-            words = [sys.executable if command.argv[0] == "python" else command.argv[0], *command.argv[1:]]
+        words: Sequence[str] | str = program(command.argv) if isinstance(command, Command) else command
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
@@ -135,8 +132,10 @@ class ForkServer:
         self._pids: dict[int, int] = {}
         self._codes: dict[int, int] = {}
         self._started = 0
+        self._unsent: deque[tuple[int, bytes, IO[bytes]]] = deque()  # requests, each with its child's stderr
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.setblocking(False)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "domainbed.fork_server", str(theirs.fileno())],
@@ -154,15 +153,9 @@ class ForkServer:
         child = ForkedChild(self, self._started, command.output_dir)
         changes = {key: value for key, value in environment.items() if self.environment.get(key) != value}
         request = {"number": self._started, "argv": command.argv[len(TRAIN) :], "environment": changes}
-        with suppress(OSError):  # a server that is gone will be found so by whoever asks for the child
-            self._channel.settimeout(None)
-            socket.send_fds(self._channel, [json.dumps(request).encode()], [child.errors.fileno()])
+        self._unsent.append((self._started, json.dumps(request).encode(), child.errors))
+        self._hear()
         return child
-
-    @property
-    def process_id(self) -> int:
-        """The server's own."""
-        return self._process.pid
 
     def pid(self, number: int) -> int | None:
         """The process of its child of that number; None if it has not heard of one."""
@@ -174,14 +167,29 @@ class ForkServer:
         self._hear()
         return self._codes.get(number)
 
+    def _ask(self) -> None:
+        """Hands over what is to be started, as far as there is room, without waiting: the server may wait for us."""
+        while self._unsent:
+            number, request, errors = self._unsent[0]
+            try:
+                socket.send_fds(self._channel, [request], [errors.fileno()])
+            except OSError as error:
+                if error.errno in (*_LATER, *_GONE):  # that it is gone will be heard
+                    return
+                errors.write(f"error: can't be asked for: {error.strerror}\n".encode())  # it is too long
+                self._codes[number] = EXIT_NOT_STARTED
+            self._unsent.popleft()
+
     def _hear(self) -> None:
         """Takes in what the server has reported, without waiting."""
         while not self.ended:
+            self._ask()
             try:
-                self._channel.settimeout(0)
                 message = self._channel.recv(4096)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # it has ended with requests unread; what it reported before comes now
+                continue
             except OSError:
                 message = b""
             self.ended = not message
@@ -201,6 +209,7 @@ class ForkServer:
 
     def stop(self) -> None:
         """Lets it start nothing more, not even what has been asked for."""
+        self._unsent.clear()
         with suppress(OSError):
             self._channel.shutdown(socket.SHUT_WR)
         self._hear()
@@ -234,14 +243,8 @@ class ForkedChild(Child):
     def poll(self) -> int | None:
         if self._code is None:
             self._code = self._server.code(self._number)
-        if self._code is None and self._server.ended and not _is_alive(self.pid):
-            self._code = code_of(self._output_dir)
+        if self._code is None and self._server.ended:
+            process = holders.process(self.pid or 0)  # nobody here can wait for it
+            if process is None or process.is_over:
+                self._code = states.code_of(self._output_dir)
         return self._code
-
-
-def _is_alive(pid: int | None) -> bool:
-    """Whether a process that nobody here can wait for still runs; an ended one may stay listed as a zombie."""
-    try:
-        return pid is not None and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

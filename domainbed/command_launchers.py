@@ -9,12 +9,14 @@ import importlib
 import importlib.util
 import inspect
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from domainbed import machine, messages, registry
+from domainbed.commands import thread_limits
 from domainbed.pool import Pool, Unavailable
 from domainbed.slurm import slurm_launcher
 
@@ -22,6 +24,8 @@ Launcher = Callable[..., Any]
 
 ISOLATIONS = ("fork", "process")
 ISOLATION = "fork" if sys.platform == "linux" else "process"  # elsewhere forks of torch are not safe
+
+_OTHER_FILES = 50  # that the launcher has open beside its commands'
 
 
 def visible_gpus() -> list[str]:
@@ -46,8 +50,7 @@ def child_environments(workers: int, threads: int, gpus: Sequence[str]) -> list[
     """
     common = dict(os.environ)
     common["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), common.get("PATH", os.defpath)])
-    if threads:
-        common |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    common |= thread_limits(threads)
     if not gpus:
         return [common] * workers
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(workers)]
@@ -88,6 +91,9 @@ def local_launcher(
         raise ValueError(f"local launcher: {allowed}; got {retries} and {isolation}")
     if isolation == "fork" and sys.platform != "linux":
         raise ValueError("local launcher: isolation fork works on Linux only; take process")
+    allowed_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= allowed_files < min(workers, len(commands)) + _OTHER_FILES:  # each command's stderr is a file
+        raise ValueError(f"local launcher: {workers} workers are too many for `ulimit -n` {allowed_files}; take fewer")
     fork = isolation == "fork" and len(commands) > 1  # one alone would gain nothing
     return Pool(commands, child_environments(workers, threads, gpus), retries, fork).run()
 

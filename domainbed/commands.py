@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,16 @@ class Command(str):
 
     def __getnewargs__(self) -> tuple[Sequence[str], str]:  # type: ignore[override]  # what pickling rebuilds it from
         return self.argv, self.output_dir
+
+
+def program(argv: Sequence[str]) -> list[str]:
+    """The words to run; ``python`` is this interpreter."""
+    return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """The environment of a process with so many CPU threads; 0 leaves them alone."""
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
 
 
 def train_command(train_args: Mapping[str, Any], more: Sequence[str] = ()) -> Command:

@@ -21,11 +21,12 @@ from contextlib import suppress
 from typing import Any
 
 from domainbed.commands import TRAIN
+from domainbed.states import EXIT_FAILED
 
-# What jobs import, the later ones only when they run; none of them starts a thread or asks for a GPU.
+# What jobs import, the later ones only when they run. None of them asks for a GPU or leaves a thread at a fork; the
+# first imports plugins too, which may (see _check_threads).
 PRELOADED = (TRAIN[-1], "torch._dynamo", "torchvision.transforms", "sklearn.datasets", "skimage.data")
 
-EXIT_FAILED = 1
 _MESSAGE_BYTES = 1 << 20
 _LEFT_TO_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -110,11 +111,9 @@ class _Exit:
 
     def __init__(self) -> None:
         self.status = EXIT_FAILED  # of an error that nobody catches
-        self.process = 0
         atexit.register(self.leave)  # the first to be registered is the last to be called
 
     def run(self, main: Callable[[], None]) -> None:
-        self.process = os.getpid()
         try:
             main()
             self.status = 0
@@ -126,8 +125,6 @@ class _Exit:
             raise
 
     def leave(self) -> None:
-        if self.process != os.getpid():  # a process that the training has forked
-            return
         files = [it for it in gc.get_objects() if type(it) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)]
         for file in [sys.stdout, sys.stderr, *files]:
             with suppress(OSError, ValueError):
@@ -136,6 +133,16 @@ class _Exit:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(self.status & 0xFF)
+
+
+def _check_threads() -> None:
+    """Ends the server if its forks would lack threads, for they would wait for them."""
+    if (probe := os.fork()) == 0:  # before a fork, OpenBLAS ends its own threads
+        os._exit(0)
+    os.waitpid(probe, 0)
+    if len(os.listdir("/proc/self/task")) > 1:
+        print("what trainings import, a plugin perhaps, has computed on several threads", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,6 +154,7 @@ def main(argv: Sequence[str]) -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a later collection would copy what the forks share
+    _check_threads()
     request = _Server(socket.socket(fileno=int(argv[0]))).serve()
     if request is None:
         os._exit(0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from domainbed import claims, records, registry, states
 from domainbed.commands import train_command
+from domainbed.interruption import EXIT_PREEMPTED
 from domainbed.seeding import seed_hash
 from domainbed.states import State, Status
 from domainbed.sweep_rows import SweepRow, with_controls
@@ -28,7 +29,6 @@ EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
     "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir",
 )  # fmt: skip
-EXIT_STOPPED = 75  # train saved its state and ended, because it was told to
 _SHOWN = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
 _DELETING = 16  # at a time: to be sure that another machine's process is dead takes half a minute
 # Two answers to one question.
@@ -326,9 +326,10 @@ class Job:
 
     def _became(self, code: int) -> int:
         """The field of ``Outcome`` that an ended job belongs to: by its directory, or else by its exit code."""
-        state = states.read(self.output_dir).state
-        known = {State.DONE: 0, State.FAILED: 1, State.RUNNING: 2}
-        return known.get(state, {claims.EXIT_LOCKED: 2, EXIT_STOPPED: 3}.get(code, 1))
+        told = states.code_of(self.output_dir)
+        if told == EXIT_PREEMPTED:
+            told = code or states.EXIT_FAILED
+        return {0: 0, claims.EXIT_LOCKED: 2, EXIT_PREEMPTED: 3}.get(told, 1)
 
     @staticmethod
     def delete(jobs: Sequence["Job"]) -> int:
@@ -346,7 +347,7 @@ class Job:
                     return False
                 shutil.rmtree(self.output_dir)
                 return True
-        except claims.RunLocked:
+        except (claims.RunLocked, FileNotFoundError):  # gone: somebody else deletes too
             return False
 
 

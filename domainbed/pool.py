@@ -5,27 +5,27 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from domainbed import job_lists, states
-from domainbed.children import EXIT_FAILED, REQUEUE, Child, ForkServer, ProcessChild, can_fork, code_of
+from domainbed.children import Child, ForkServer, ProcessChild, can_fork
 from domainbed.claims import EXIT_LOCKED
 from domainbed.commands import Command
-from domainbed.interruption import SIGNALS
-
-EXIT_BAD_INPUT = 2  # another try would say the same
+from domainbed.interruption import EXIT_PREEMPTED, SIGNALS
+from domainbed.states import EXIT_BAD_INPUT, EXIT_FAILED, State
 
 _POLL_S = 0.02
-_GRACE_S = 30.0  # a training process that is told to end saves its state first
+_GRACE_S = 60.0  # a training process that is told to end saves its state first
 _LOOK_S = 1.0  # between two looks whether the sweep was cancelled
 _ELSEWHERE_S = 3.0  # between two looks at jobs that other processes run
 _LINE_S = 30.0  # between two lines that say how far it is, where there is no terminal
 _SHOWN_FAILURES = 5
+_IN_VAIN = 10  # stops in a row without a step between them, until a job counts as failed
 
 
 class Unavailable(RuntimeError):
@@ -34,26 +34,38 @@ class Unavailable(RuntimeError):
 
 @dataclass
 class _Task:
-    """A command, its place in the list, and how often it has failed."""
+    """A command, its place in the list, and what has become of it so far."""
 
     index: int
     command: str
     failures: int = 0
+    stops: int = 0  # in a row, all at this step
+    step: int | None = None
 
     @property
     def directory(self) -> str | None:
         """Where its state can be read; a plain string, DomainBed's kind of command, runs once and that is it."""
         return self.command.output_dir if isinstance(self.command, Command) else None
 
+    def gets_nowhere(self) -> bool:
+        """Counts that it was stopped; whether that is too often now, which its directory then says."""
+        step = states.read(self.directory or "").step
+        self.stops = self.stops + 1 if step == self.step else 1
+        self.step = step
+        if self.stops < _IN_VAIN:
+            return False
+        error = f"was stopped {_IN_VAIN} times in a row without getting on"
+        states.write_failure(self.directory or "", error, EXIT_PREEMPTED)
+        return True
+
 
 @dataclass
 class _Attempt:
-    """A task that runs: its process, the environment it occupies, and when its directory told of an earlier failure."""
+    """A task that runs: its process, and the environment it occupies."""
 
     task: _Task
     child: Child
     environment: dict[str, str]
-    failure_time: float | None
 
 
 class _Progress:
@@ -123,7 +135,7 @@ class _Elsewhere:
             _say(f"Waiting for {len(self.tasks)} jobs that run elsewhere (Ctrl-C leaves them).")
             self.has_said = True
         self.next_look = time.monotonic() + _ELSEWHERE_S
-        found = [(task, code_of(task.directory or "")) for task in self.tasks]
+        found = [(task, states.code_of(task.directory or "")) for task in self.tasks]
         self.tasks = [task for task, code in found if code == EXIT_LOCKED]
         return [(task, code) for task, code in found if code != EXIT_LOCKED]
 
@@ -167,8 +179,7 @@ class _Starter:
 class Pool:
     """Runs commands, at most one at a time in each environment.
 
-    A job that another process runs is left to it, and taken up only if that one leaves it; so any number of launchers
-    finish a sweep together.
+    What another process runs is taken up only if that one leaves it; so any number of launchers share a sweep.
 
     Args:
         commands: see ``command_launchers.local_launcher``.
@@ -181,17 +192,16 @@ class Pool:
         self.waiting = deque(_Task(index, command) for index, command in enumerate(commands))
         self.free = deque(environments)
         self.running: list[_Attempt] = []
-        self.elsewhere = _Elsewhere()
-        self.codes = [REQUEUE] * len(commands)
+        self.elsewhere, self.progress = _Elsewhere(), _Progress(len(commands))
+        self.codes = [EXIT_PREEMPTED] * len(commands)
         self.counts = {"done": 0, "failed": 0, "running": 0, "elsewhere": 0}
         self.retries, self.began = retries, time.time()
         self.starter = _Starter(environments[0], fork)
         self.sweeps = _Sweeps(os.path.dirname(task.directory) for task in self.waiting if task.directory)
-        self.progress = _Progress(len(commands))
 
     def run(self) -> list[int]:
-        """Returns the exit codes in the commands' order; REQUEUE for what a cancelled sweep leaves undone."""
-        with _sigterm_exits(), self.progress.bar:
+        """Returns the exit codes in the commands' order; EXIT_PREEMPTED for what a cancelled sweep leaves undone."""
+        with _signals_exit(), self.progress.bar:
             try:
                 while (self.waiting or self.running or self.elsewhere.tasks) and not self.sweeps.are_cancelled():
                     self.start()
@@ -213,16 +223,18 @@ class Pool:
         while self.waiting and self.free:
             task = self.waiting.popleft()
             status = states.read(task.directory) if task.directory else states.QUEUED
-            failed = status.time if status.state is states.State.FAILED else None
-            if status.state is states.State.RUNNING:
+            if status.state is State.RUNNING:
                 self.elsewhere.tasks.append(task)
-            elif status.state is states.State.DONE:
+            elif status.state is State.DONE:
                 self.finish(task, 0)
-            elif failed and failed > self.began and not task.failures:
+            elif status.state is State.FAILED and (status.time or 0) > self.began and not task.failures:
                 self.finish(task, EXIT_FAILED)  # another launcher has tried it as often as it was told to
             else:
-                child = self.starter.start(task.command, self.free[0])
-                self.running.append(_Attempt(task, child, self.free.popleft(), failed))
+                if task.directory:
+                    _forget_failure(task.directory)
+                with _uninterrupted():  # else one that has begun would be in no list of those to end
+                    child = self.starter.start(task.command, self.free[0])
+                    self.running.append(_Attempt(task, child, self.free.popleft()))
 
     def collect(self) -> bool:
         """Takes in what has ended; whether anything had."""
@@ -241,13 +253,15 @@ class Pool:
             self.finish(task, code, attempt.child)
             return
         again = code != EXIT_BAD_INPUT and task.failures < self.retries
-        if code not in (0, EXIT_LOCKED, REQUEUE):
+        if code not in (0, EXIT_LOCKED, EXIT_PREEMPTED):
             code = _settle(attempt, task.directory, code, again)
         if code == EXIT_LOCKED:
             self.elsewhere.tasks.append(task)
-        elif code == REQUEUE:
+        elif code == EXIT_PREEMPTED and not task.gets_nowhere():
             self.sweeps.look_now()  # whoever stopped it may have cancelled the sweep
             self.waiting.append(task)
+        elif code == EXIT_PREEMPTED:
+            self.finish(task, EXIT_FAILED)
         elif code and again:
             task.failures += 1
             self.waiting.appendleft(task)
@@ -258,16 +272,14 @@ class Pool:
         self.codes[task.index] = code
         self.counts["failed" if code else "done"] += 1
         if code and self.counts["failed"] <= _SHOWN_FAILURES:
-            why = child.last_lines() if child else states.read(task.directory or "").error
-            killed = f" ({child.why()})" if child and code < 0 else ""
-            _say(f"exit status {code}{killed}: {task.command}\n{why}".rstrip())
+            _say_failed(task, code, child)
 
     def look_elsewhere(self) -> None:
         """When nothing else waits, takes in what has become of the jobs that other processes run."""
         if self.waiting:
             return
         for task, code in self.elsewhere.look(idle=not self.running):
-            if code == REQUEUE:  # whoever had it is gone
+            if code == EXIT_PREEMPTED:  # whoever had it is gone
                 self.waiting.append(task)
             else:
                 self.finish(task, code)
@@ -286,6 +298,12 @@ class Pool:
             self.starter.close()
 
 
+def _say_failed(task: _Task, code: int, child: Child | None) -> None:
+    why = child.last_lines() if child else states.read(task.directory or "").error
+    killed = f" ({child.why()})" if child and code < 0 else ""
+    _say(f"exit status {code}{killed}: {task.command}\n{why}".rstrip())
+
+
 def _settle(attempt: _Attempt, directory: str, code: int, again: bool) -> int:
     """The exit code of a failed job, as its directory knows better; says there why it failed, unless train has.
 
@@ -293,19 +311,23 @@ def _settle(attempt: _Attempt, directory: str, code: int, again: bool) -> int:
         again: whether it is tried again if it has failed.
     """
     status = states.read(directory)
-    if status.state is states.State.DONE:
+    if status.state is State.DONE:
         return 0
-    if status.state is states.State.RUNNING:
+    if status.state is State.RUNNING:
         return EXIT_LOCKED
-    if (
-        status.state is states.State.PREEMPTED and -code in SIGNALS
-    ):  # asked to end when it had saved, or had yet to begin
-        return REQUEUE
-    if status.state is not states.State.FAILED or status.time == attempt.failure_time:
+    if status.state is not State.FAILED and -code in SIGNALS:  # asked to end when it had saved, or had yet to begin
+        return EXIT_PREEMPTED
+    if status.state is not State.FAILED:
         _note_end(directory, attempt.child, code)
         if not again:
             states.write_failure(directory, attempt.child.why(), code)
     return code
+
+
+def _forget_failure(directory: str) -> None:
+    """Removes what a directory tells of an earlier try; if that can't be, the next one says why."""
+    with suppress(OSError):
+        Path(directory, states.FAILED_FILE).unlink()
 
 
 def _note_end(directory: str, child: Child, code: int) -> None:
@@ -313,7 +335,8 @@ def _note_end(directory: str, child: Child, code: int) -> None:
     try:
         os.makedirs(directory, exist_ok=True)
         with open(Path(directory, "err.txt"), "a", encoding="utf-8") as file:
-            file.write(f"exit status {code}: {child.why()}\n{child.last_lines()}".rstrip() + "\n")
+            killed = f": {child.why()}" if code < 0 else ""
+            file.write(f"exit status {code}{killed}\n{child.last_lines()}".rstrip() + "\n")
     except OSError as error:
         _say(f"{directory}: how it ended (exit status {code}) can't be written to err.txt: {error.strerror}")
 
@@ -336,15 +359,32 @@ def _end(children: Sequence[Child]) -> None:
             time.sleep(_POLL_S)
 
 
-def _exit_on_sigterm(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack as Ctrl-C does, so that the children are ended."""
-    previous = signal.signal(signal.SIGTERM, _exit_on_sigterm)
+def _handled(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off Ctrl-C and what schedulers send."""
+    caught: list[int] = []
+    try:
+        with _handled((signal.SIGINT, *SIGNALS), lambda number, frame: caught.append(number)):
+            yield
+    finally:
+        for number in caught[:1]:
+            signal.raise_signal(number)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _signals_exit() -> AbstractContextManager[None]:
+    """Lets what schedulers send unwind the stack as Ctrl-C does, so that the children are ended."""
+    return _handled(SIGNALS, _exit)

@@ -81,9 +81,13 @@ def slurm_launcher(
         tasks = [TrainTask(jobs, retries, slurm_cpus or 1, 0.8 * delay_s) for jobs in chunks(fresh, jobs_per_task)]
         ids = submit(sweep, tasks, options, {"requeue": True} | more, max_parallel)
     if ids:
-        script = "python -m domainbed.scripts.sweep"
-        print(f"Submitted {len(fresh)} jobs as {len(tasks)} tasks of array(s) {', '.join(ids)}.")
-        print(f"`{script} status --output_dir {sweep}` shows them, `{script} cancel --output_dir {sweep}` ends them.")
+        _say_submitted(sweep, len(fresh), len(tasks), ids)
+
+
+def _say_submitted(sweep: str, jobs: int, tasks: int, ids: Sequence[str]) -> None:
+    script = "python -m domainbed.scripts.sweep"
+    print(f"Submitted {jobs} jobs as {tasks} tasks of array(s) {', '.join(ids)}.")
+    print(f"`{script} status --output_dir {sweep}` shows them, `{script} cancel --output_dir {sweep}` ends them.")
 
 
 def _not_in_slurm(commands: Sequence[Command], sweep: str) -> list[Command]:

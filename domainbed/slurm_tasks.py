@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +24,10 @@ from types import FrameType
 from typing import Any
 
 from domainbed import children, claims, holders, interruption, job_lists, states
+from domainbed.commands import program, thread_limits
 
 logger = logging.getLogger(__name__)
 
-EXIT_BAD_INPUT = 2
 STAY_S = 600.0  # after SIGTERM; by then SLURM has ended what it wants to end
 POLL_S, REMIND_S = 0.1, 2.0
 
@@ -93,31 +92,29 @@ class TrainTask:
             out_of_memory = children.oom_kills() > killed
             if self._told:
                 self._stay()
-            if code in (0, EXIT_BAD_INPUT, claims.EXIT_LOCKED):
+            if code in (0, claims.EXIT_LOCKED):
                 return
             logger.warning("%s: %s (try %d of %d)", directory, failure(code, out_of_memory), i, self.retries + 1)
-        if code != interruption.EXIT_PREEMPTED and not Path(directory, states.FAILED_FILE).exists():
+            if code == states.EXIT_BAD_INPUT:
+                break
+        told_to_end = (interruption.EXIT_PREEMPTED, *(-number for number in interruption.SIGNALS))
+        if code not in told_to_end and not Path(directory, states.FAILED_FILE).exists():
             states.write_failure(directory, failure(code, out_of_memory), code)
 
     def _outlast(self, directory: str) -> None:
         """Waits, in a task that starts again, until the claim of the node that was lost has expired."""
-        deadline = time.monotonic() + holders.EXPIRY_S
-        while (
-            int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            and states.read(directory).state == states.State.RUNNING
-            and time.monotonic() < deadline
-        ):
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        deadline = time.monotonic() + (holders.EXPIRY_S if restarts else 0)
+        while time.monotonic() < deadline and states.read(directory).state == states.State.RUNNING:
             time.sleep(1)
 
     def _run(self, argv: Sequence[str]) -> int:
         """Runs a command to its end; ``python`` is this interpreter. Train keeps its own stdout."""
-        words = [sys.executable, *argv[1:]] if argv[0] == "python" else list(argv)
-        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)  # till their handlers know the process
         try:
             self._process = process = subprocess.Popen(
-                words,
-                env=os.environ | threads,
+                program(argv),
+                env=os.environ | thread_limits(self.threads),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 preexec_fn=lambda: _ignore_signals(mask),
@@ -183,4 +180,4 @@ def failure(code: int, out_of_memory: bool) -> str:
         return f"killed by SIGKILL, as where memory runs out ({memory})"
     if code == interruption.EXIT_PREEMPTED:
         return "told to end, has saved"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}; its log says more"
+    return children.killed_by(code) if code < 0 else f"exit status {code}; its log says more"

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from domainbed import holders, records, run_directory
+from domainbed.claims import EXIT_LOCKED
+from domainbed.interruption import EXIT_PREEMPTED
 
 logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2  # as argparse; another try would say the same
 
 FAILED_FILE = run_directory.FAILED_FILE
 _TRACES = {FAILED_FILE, records.DONE_FILE, records.RESULTS_FILE, *run_directory.SNAPSHOT_FILES}
@@ -49,6 +54,12 @@ QUEUED = Status(State.QUEUED)
 def read(directory: str | os.PathLike[str]) -> Status:
     """The status of the job in this directory, which need not exist."""
     return _status(os.fspath(directory), lambda: holders.file_system_now(directory))
+
+
+def code_of(directory: str | os.PathLike[str]) -> int:
+    """The exit code that a job's directory speaks for; EXIT_PREEMPTED if it has yet to run, or to go on."""
+    known = {State.DONE: 0, State.FAILED: EXIT_FAILED, State.RUNNING: EXIT_LOCKED}
+    return known.get(read(directory).state, EXIT_PREEMPTED)
 
 
 def scan(sweep_dir: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Status]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from domainbed import children, claims, states
+from domainbed import children
 from domainbed.children import ForkServer, ProcessChild
 from domainbed.commands import TRAIN, Command, train_command
 
@@ -169,7 +169,7 @@ def test_a_server_that_dies_leaves_its_children_alone(environment, tmp_path):
     server = ForkServer(environment)
     child = server.start(forked(WAITS, tmp_path / "x"), environment)
     pid = pid_of(tmp_path / "x")
-    os.kill(server.process_id, signal.SIGKILL)
+    os.kill(server._process.pid, signal.SIGKILL)
     wait_for(lambda: server.pid(0) is None and server.ended)
     assert child.poll() is None
     assert server.epitaph() == "exit status -9"
@@ -189,7 +189,7 @@ def test_a_launcher_that_dies_leaves_them_alone_and_the_server_ends_with_the_las
         "server = ForkServer(dict(os.environ)); words, directory = sys.argv[2:], sys.argv[1]\n"
         "child = server.start(Command(words, directory), os.environ)\n"
         "while child.pid is None: time.sleep(.01)\n"
-        "print(server.process_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "print(server._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     command = forked(WAITS, tmp_path / "x")
     launcher = subprocess.run(
@@ -215,22 +215,91 @@ def test_what_was_asked_for_is_not_started_after_a_stop(environment, tmp_path):
     assert not (tmp_path / "x.pid").exists()
 
 
-def test_code_of(tmp_path):
-    assert children.code_of(str(tmp_path / "none")) == 75
-    job = tmp_path / "job"
-    job.mkdir()
-    code = "import sys; from domainbed import claims\nwith claims.claim(sys.argv[1]): print(1, flush=True); input()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+def test_what_waits_in_the_channel_is_not_started_after_a_stop(server, environment, tmp_path):
+    runs = server.start(forked(WAITS, tmp_path / "x"), environment)
+    wait_for(lambda: runs.pid is not None)
+    os.kill(server._process.pid, signal.SIGSTOP)
+    waits = server.start(forked(WAITS, tmp_path / "y"), environment)
+    server.stop()
+    os.kill(server._process.pid, signal.SIGCONT)
+    (tmp_path / "x.go").touch()
+    (tmp_path / "y.go").touch()
+    assert (ended(runs), ended(waits)) == (5, 75)
+    assert not (tmp_path / "y.pid").exists()
+    runs.close()
+    waits.close()
+
+
+def add_to_site(tmp_path, code):
+    with open(tmp_path / "site" / "sitecustomize.py", "a") as file:
+        file.write(code)
+
+
+def test_a_server_that_is_not_ready_is_stopped_at_once(environment, tmp_path):
+    add_to_site(tmp_path, "import time; time.sleep(600)")
+    server = ForkServer(environment)
+    child = server.start(forked("pass", tmp_path / "x"), environment)
+    server.stop()
+    assert ended(child) == 75
+    assert server.epitaph() == "exit status -9"
+    child.close()
+    server.close()
+
+
+def test_a_server_whose_forks_would_lack_threads_says_so(environment, tmp_path):
+    add_to_site(
+        tmp_path, "import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()"
     )
-    process.stdout.readline()
-    assert children.code_of(str(job)) == claims.EXIT_LOCKED
-    process.communicate("\n")
-    assert children.code_of(str(job)) == 75
-    states.write_failure(job, "broken", 1)
-    assert children.code_of(str(job)) == 1
-    (job / "done").write_text("done")
-    assert children.code_of(str(job)) == 0
+    server = ForkServer(environment)
+    wait_for(lambda: server.code(0) is None and server.ended)
+    assert not server.ready
+    assert server.epitaph().startswith(
+        "exit status 1\nwhat trainings import, a plugin perhaps, has computed on several"
+    )
+    server.close()
+
+
+def test_a_fork_that_fails_is_told(environment, tmp_path):
+    fails = (
+        "import os; forks = [os.fork]\ndef fork():\n    if forks: return forks.pop()()\n    raise OSError(11, 'no')\n"
+    )
+    add_to_site(tmp_path, f"{fails}os.fork = fork")  # once, to look for threads, it may
+    server = ForkServer(environment)
+    child = server.start(forked("pass", tmp_path / "x"), environment)
+    assert ended(child) == 1
+    assert child.why() == "error: can't fork: no"
+    child.close()
+    server.close()
+
+
+def test_signals_are_left_to_the_jobs(server, environment, tmp_path):
+    wait_for(lambda: server.code(0) is None and server.ready)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(server._process.pid, number)
+    child = server.start(forked("pass", tmp_path / "x"), environment)
+    assert ended(child) == 0
+    child.close()
+
+
+def test_more_requests_than_the_channel_holds(server, environment, tmp_path):
+    """The server may be waiting for us meanwhile, or not be there yet."""
+    wait_for(lambda: server.code(0) is None and server.ready)
+    os.kill(server._process.pid, signal.SIGSTOP)
+    started = [server.start(forked(f"pass  # {'x' * 50_000}", tmp_path / "x"), environment) for _ in range(20)]
+    os.kill(server._process.pid, signal.SIGCONT)
+    assert [ended(child) for child in started] == [0] * 20
+    for child in started:
+        child.close()
+
+
+def test_a_request_that_is_too_long_fails(server, environment, tmp_path):
+    child = server.start(forked("x" * 2_000_000, tmp_path / "x"), environment)
+    after = server.start(forked("pass", tmp_path / "x"), environment)
+    assert ended(child) == 127
+    assert child.why() == "error: can't be asked for: Message too long"
+    assert ended(after) == 0
+    child.close()
+    after.close()
 
 
 def test_out_of_memory_is_named(monkeypatch):
@@ -246,8 +315,18 @@ def test_out_of_memory_is_named(monkeypatch):
     assert messages[1] == "killed by SIGKILL"
 
 
-def test_the_kernel_counts_what_it_kills():
-    assert children.oom_kills() >= 0
+def test_the_kernel_counts_what_it_kills(tmp_path, monkeypatch):
+    files = {"proc/self/cgroup": "0::/group\n", "sys/fs/cgroup/group/memory.events": "low 0\noom_kill 3\n"}
+    files["proc/vmstat"] = "nr_free_pages 5\noom_kill 8\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(children, "Path", lambda *parts: Path(tmp_path, *(part.lstrip("/") for part in parts)))
+    assert children.oom_kills() == 3
+    (tmp_path / "sys/fs/cgroup/group/memory.events").unlink()
+    assert children.oom_kills() == 8
+    (tmp_path / "proc/vmstat").unlink()
+    assert children.oom_kills() == 0
 
 
 def without_times(path):
@@ -279,7 +358,7 @@ def test_real_trainings_give_equal_results(tmp_path, monkeypatch):
     fork = server.start(command, environment)
     monkeypatch.chdir(tmp_path / "process")
     process = ProcessChild(command, environment)
-    pid = server.process_id
+    pid = server._process.pid
     try:
         wait_for(lambda: server.pid(1) is not None)
         assert len(os.listdir(f"/proc/{pid}/task")) == 1  # a thread would be lost to a fork, its locks would not

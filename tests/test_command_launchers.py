@@ -196,6 +196,13 @@ def test_ended_launcher_ends_its_children(tmp_path, number):
     assert not (tmp_path / "third").exists()
 
 
+def test_more_workers_than_files_are_refused(monkeypatch):
+    monkeypatch.setattr(command_launchers.resource, "getrlimit", lambda which: (52, 1024))
+    with pytest.raises(ValueError, match=r"3 workers are too many for `ulimit -n` 52"):
+        local_launcher(["true"] * 3, workers=3)
+    assert local_launcher(["true"], workers=3) == [0]
+
+
 def test_find_binds_options(monkeypatch):
     def third_party(commands):
         return len(commands)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def test_a_failed_job_is_tried_again_and_its_log_kept(tmp_path):
     assert states.read(a).error == "out of luck"
     assert local_launcher([twice], retries=1) == [0]
     assert tries(a) == 2
-    assert (a / "err.txt").read_text() == "exit status 7: out of luck\nout of luck\n"
+    assert (a / "err.txt").read_text() == "exit status 7\nout of luck\n"
 
     assert local_launcher([job(b, "kill -9 $$")], retries=2) == [-9]
     assert tries(b) == 3
@@ -74,7 +75,7 @@ def test_what_cannot_be_started_or_written_is_said(tmp_path, capfd):
     commands = [Command(["no-such-program"], str(tmp_path / name)) for name in "ab"]
     assert local_launcher(commands, retries=0) == [127, 127]
     assert states.read(tmp_path / "a").error == "error: can't start no-such-program: No such file or directory"
-    assert (tmp_path / "b" / "err.txt").read_text().startswith("exit status 127: error: can't start no-such-program")
+    assert (tmp_path / "b" / "err.txt").read_text().startswith("exit status 127\nerror: can't start no-such-program")
     err = capfd.readouterr().err
     assert f"{tmp_path}/a: how it ended (exit status 127) can't be written to err.txt: Is a directory" in err
 
@@ -96,6 +97,44 @@ def test_an_old_failure_is_not_taken_for_this_one(tmp_path):
     states.write_failure(tmp_path / "a", "long ago", 1)
     assert local_launcher([job(tmp_path / "a", "exit 3")], retries=0) == [3]
     assert states.read(tmp_path / "a").error == "exit status 3"
+
+
+def test_an_old_failure_is_gone_once_the_job_is_tried_again(tmp_path):
+    (tmp_path / "a").mkdir()
+    states.write_failure(tmp_path / "a", "long ago", 1)
+    assert local_launcher([job(tmp_path / "a", f"[ -e failed ] || {DONE}")], retries=0) == [0]
+    assert (tmp_path / "a" / "done").exists()
+
+
+def test_what_a_directory_says_counts_more_than_an_exit_code(tmp_path, monkeypatch):
+    assert local_launcher([job(tmp_path / "a", f"{DONE}; kill -9 $$")], retries=0) == [0]
+    assert tries(tmp_path / "a") == 1
+
+    def settle_then_go(*args, settle=pool._settle):
+        code = settle(*args)
+        (tmp_path / "b" / "go").touch()
+        return code
+
+    monkeypatch.setattr(pool, "_settle", settle_then_go)
+    holds = shlex.join(["setsid", sys.executable, "-c", HOLDS, "."])
+    goes_on = f"(while [ ! -e go ]; do sleep .01; done; echo done) | {holds} > claimed &"
+    held = f"{goes_on} while [ ! -s claimed ]; do sleep .01; done; exit 1"
+    assert local_launcher([job(tmp_path / "b", held)], retries=0) == [0]
+    assert tries(tmp_path / "b") == 1
+
+
+@pytest.mark.parametrize("end", ["exit 75", "kill -15 $$", "kill -10 $$"])
+def test_a_job_that_is_stopped_again_and_again_has_failed(tmp_path, capfd, end):
+    assert local_launcher([job(tmp_path / "a", end)], retries=0) == [1]
+    assert tries(tmp_path / "a") == 10
+    assert states.read(tmp_path / "a").error == "was stopped 10 times in a row without getting on"
+    assert "was stopped 10 times in a row" in capfd.readouterr().err
+
+
+def test_a_job_that_gets_on_may_be_stopped_often(tmp_path):
+    claim = """printf '{"released": true, "step": %d}' $((n / 6)) > claim.1"""
+    assert local_launcher([job(tmp_path / "a", f"{claim}; [ $n -lt 22 ] && exit 75; {DONE}")], retries=0) == [0]
+    assert tries(tmp_path / "a") == 22
 
 
 def test_a_job_that_was_stopped_goes_to_the_end_of_the_queue(tmp_path):
@@ -186,6 +225,35 @@ def test_a_cancelled_sweep_ends_gently(tmp_path, capfd):
     assert "The sweep was cancelled." in capfd.readouterr().err
 
 
+def test_what_is_done_when_it_should_end_is_done(tmp_path):
+    ends = f"trap '{DONE}; exit 0' TERM; touch {tmp_path}/cancelled; while :; do sleep .01; done"
+    assert local_launcher([job(tmp_path / "a", ends)]) == [0]
+
+
+def test_what_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_GRACE_S", 0.1)
+    deaf = f"trap '' TERM; touch {tmp_path}/cancelled; for i in $(seq 500); do sleep .01; done; touch survived"
+    assert local_launcher([job(tmp_path / "a", deaf)]) == [75]
+    assert not (tmp_path / "a" / "survived").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGUSR1, SystemExit)]
+)
+def test_a_signal_while_a_command_is_started_leaves_no_orphan(monkeypatch, number, end):
+    children, start = [], pool.ProcessChild
+
+    def interrupted(*args):
+        children.append(start(*args))
+        signal.raise_signal(number)
+        return children[-1]
+
+    monkeypatch.setattr(pool, "ProcessChild", interrupted)
+    with pytest.raises(end):
+        local_launcher(["exec sleep 60"])
+    assert children[0].poll() == -signal.SIGTERM
+
+
 def test_a_job_stopped_by_the_cancelling_is_not_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_LOOK_S", 3600)
     assert job_lists.CANCELLED_FILE == "cancelled"
@@ -198,9 +266,8 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(pool, "_LINE_S", 0.0)
     local_launcher([job(tmp_path / "a", DONE), "exit 1"], workers=1)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("jobs: ")]
-    assert lines[0].startswith("jobs: 0/2 [00:00, done=0, failed=0, running=1, elsewhere=0]")
-    assert "jobs: 2/2 [" in lines[-1]
-    assert "done=1, failed=1, running=0, elsewhere=0]" in lines[-1]
+    assert re.match(r"jobs: 0/2 \[\d\d:\d\d, done=0, failed=0, running=1, elsewhere=0\]", lines[0])
+    assert re.match(r"jobs: 2/2 \[\d\d:\d\d, done=1, failed=1, running=0, elsewhere=0\]", lines[-1])
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capfd):
@@ -245,6 +312,16 @@ def test_another_server_takes_over_from_one_that_died(tmp_path, monkeypatch, cap
     assert "The fork server has ended (exit status -9); starting another one." in capfd.readouterr().err
 
 
+def test_what_has_yet_to_begin_does_not_once_the_launcher_ends(tmp_path, monkeypatch):
+    fake_server(tmp_path, monkeypatch, TOUCHES)
+    path = str(tmp_path / "a")
+    ending = Pool([Command([*TRAIN, path], path)], [dict(os.environ)], retries=0, fork=True)
+    ending.start()
+    ending.end()
+    assert ending.codes == [75]
+    assert not os.path.exists(path)
+
+
 def test_a_server_that_never_comes_up_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     commands = [Command([*TRAIN, str(tmp_path / name)], str(tmp_path / name)) for name in "ab"]
@@ -252,7 +329,7 @@ def test_a_server_that_never_comes_up_is_an_error(tmp_path, monkeypatch):
         local_launcher(commands, workers=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_an_ended_launcher_ends_its_forks(tmp_path, monkeypatch, number):
     saves = (
         "import os, pathlib, signal, sys, time\n"

@@ -55,13 +55,15 @@ def failure(directory):
     ("code", "retries", "times", "error"),
     [
         ("done()", 3, 1, None),
-        ("sys.exit(2)", 3, 1, None),  # bad input: train has said so
+        ("sys.exit(2)", 3, 1, "exit status 2; its log says more"),
         ("sys.exit(73)", 3, 1, None),  # another process runs it
         ("sys.exit(5)", 2, 3, "exit status 5; its log says more"),
         ("sys.exit(5)", 0, 1, "exit status 5; its log says more"),
         ("done() if start == 2 else sys.exit(1)", 1, 2, None),
         ("done() if start == 2 else sys.exit(75)", 1, 2, None),  # somebody told the job, but not the task, to end
         ("sys.exit(75)", 1, 2, None),
+        ("os.kill(os.getpid(), signal.SIGUSR1)", 0, 1, None),  # told to end before it could hear
+        ("os.kill(os.getpid(), 50)", 0, 1, "killed by signal 50"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", 0, 1, "killed by SIGSEGV"),
         ("os.kill(os.getpid(), 9)", 0, 1, "killed by SIGKILL, as where memory runs out (SLURM allows 7 MB, see --slu"),
     ],

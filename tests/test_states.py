@@ -190,3 +190,21 @@ def test_a_failure_that_cannot_be_written_is_logged(
     assert states.read(tmp_path).error == "out of memory"
     assert "the failure was: first" in caplog.text
     assert "No space left on device); the failure was: second" in caplog.text
+
+
+def test_code_of(tmp_path):
+    assert states.code_of(str(tmp_path / "none")) == 75
+    job = tmp_path / "job"
+    job.mkdir()
+    code = "import sys; from domainbed import claims\nwith claims.claim(sys.argv[1]): print(1, flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    assert states.code_of(str(job)) == claims.EXIT_LOCKED
+    process.communicate("\n")
+    assert states.code_of(str(job)) == 75
+    states.write_failure(job, "broken", 1)
+    assert states.code_of(str(job)) == 1
+    (job / "done").write_text("done")
+    assert states.code_of(str(job)) == 0

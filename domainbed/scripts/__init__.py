@@ -5,7 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-BAD_INPUT_STATUS = 2  # as argparse
+from domainbed import states
+
+BAD_INPUT_STATUS = states.EXIT_BAD_INPUT
 
 
 class BadInput(Exception):

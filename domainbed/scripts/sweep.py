@@ -13,12 +13,13 @@ Tables ``[[rows]]`` with ``algorithm`` and, as needed, ``partition``, ``label``,
 and ``on`` (``sweep_rows.SweepRow``) follow ``algorithms``; ``--algorithms`` on the command line stands in for both.
 
 ``launch`` starts what is neither done nor running: what never ran, and what was stopped or killed, which goes on where
-it was saved last. What failed waits for ``retry_failed``. ``delete_incomplete`` removes what is neither done nor
-running. A launched sweep has a list of its jobs, so that ``status``, ``retry_failed``, ``worker`` and
-``delete_incomplete`` need nothing but its ``--output_dir``; a sweep file or flags choose among its jobs.
+it was saved last. For what runs, ``local`` and ``multi_gpu`` wait, and take it over if its process dies. What failed
+waits for ``retry_failed``. ``delete_incomplete`` removes what is neither done nor running. A launched sweep has a list
+of its jobs, so that ``status``, ``retry_failed``, ``worker`` and ``delete_incomplete`` need nothing but its
+``--output_dir``; a sweep file or flags choose among its jobs.
 
-``worker`` asks nothing and runs what nobody runs yet; with ``--index I`` only the I-th job, in a process whose exit
-code it hands on: 0 done, 75 saved and to be started again, 2 bad input, 73 running elsewhere, others failed.
+``worker`` asks nothing and does as ``local`` does; with ``--index I`` with the I-th job only, whose exit code it hands
+on: 0 done, 75 saved and to be started again, 2 bad input, 73 told to end while another process had it, others failed.
 
 ``refit`` reads the records of a search and launches, per row, dataset and test environments, the draw that is best on
 validation, once for each of the seeds. Datasets, algorithms and rows, where they are given, say which of the search's

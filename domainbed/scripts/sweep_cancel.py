@@ -16,6 +16,9 @@ from domainbed.states import State
 def cancel(args: argparse.Namespace) -> int:
     """Ends what runs of a sweep, wherever, once it has saved its work; and lets nobody take another of its jobs.
 
+    Returns:
+        0; 1 if a job could not be told.
+
     Raises:
         BadInput: there is no such directory, or SLURM, which has jobs of the sweep, does not answer.
     """
@@ -31,16 +34,29 @@ def cancel(args: argparse.Namespace) -> int:
         job_lists.cancel(sweep)
         arrays = _cancel_slurm(sweep)
         running = _running(sweep)  # again, for now nobody takes further ones
-        told = sum(stop(os.path.join(sweep, name)) for name in running)
-    print(f"Asked {len(running)} running jobs to save and end; {told} of them on this machine, at once.")
+    told, untold = _stop_all([os.path.join(sweep, name) for name in running])
+    print(f"Asked {len(running) - len(untold)} running jobs to save and end; {told} of them on this machine, at once.")
     if arrays:
         print(f"Took the arrays {', '.join(arrays)} from SLURM.")
     print("Nothing is lost: `sweep launch` goes on where they were.")
-    return 0
+    for error in untold:
+        print(f"Not told, so it runs on: {error}")
+    return 1 if untold else 0
 
 
 def _running(sweep: str) -> list[str]:
     return [name for name, status in states.scan(sweep).items() if status.state is State.RUNNING]
+
+
+def _stop_all(directories: Sequence[str]) -> tuple[int, list[OSError]]:
+    """How many are on this machine, and what went wrong with others."""
+    told, untold = 0, []
+    for directory in directories:
+        try:
+            told += stop(directory)
+        except OSError as error:
+            untold.append(error)
+    return told, untold
 
 
 def stop(directory: str) -> bool:

@@ -2,7 +2,8 @@
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from domainbed import command_launchers, job_lists, run_directory
 from domainbed.jobs import Job, Outcome
@@ -14,6 +15,7 @@ from domainbed.states import State
 
 SHOWN_FAILURES = 5
 RUNS_NOTHING = "dummy"
+WAITING_LAUNCHERS = ("local", "multi_gpu")  # wait for what runs elsewhere, and take it over if its process dies
 
 
 def find_launcher(args: argparse.Namespace) -> command_launchers.Launcher:
@@ -28,7 +30,7 @@ def find_launcher(args: argparse.Namespace) -> command_launchers.Launcher:
 
 
 def launch(jobs: Sequence[Job], args: argparse.Namespace, launcher: command_launchers.Launcher) -> int:
-    """Launches what is neither done nor running nor failed; returns 1 if a job failed.
+    """Launches what is neither done nor failed, nor, by most launchers, running; returns 1 if a job failed.
 
     Raises:
         BadInput: the output directory can't be used, a job could not run, or the launcher lacks what it runs on.
@@ -36,13 +38,15 @@ def launch(jobs: Sequence[Job], args: argparse.Namespace, launcher: command_laun
     fresh = [job for job in jobs if job.state == Job.NOT_LAUNCHED]
     begun = [job for job in jobs if job.state == Job.INCOMPLETE]
     again = [job for job in begun if job.status.state in (State.QUEUED, State.PREEMPTED)]
-    running, failed = (sum(job.status.state is state for job in begun) for state in (State.RUNNING, State.FAILED))
+    running, failed = ([job for job in begun if job.status.state is it] for it in (State.RUNNING, State.FAILED))
+    waits = args.command_launcher in WAITING_LAUNCHERS
     print(f"About to launch {len(fresh)} jobs.")
     if begun:
-        print(f"About to start {len(again)} incomplete jobs again; {running} are running and are left alone.")
+        fate = "waited for" if waits else "left alone"
+        print(f"About to start {len(again)} incomplete jobs again; {len(running)} are running and are {fate}.")
     if failed:
-        print(f"{failed} failed jobs are left alone: `sweep retry_failed` starts them again.")
-    return start(fresh + again, jobs, args, launcher)
+        print(f"{len(failed)} failed jobs are left alone: `sweep retry_failed` starts them again.")
+    return start(fresh + again + running * waits, jobs, args, launcher)
 
 
 def retry_failed(jobs: Sequence[Job], args: argparse.Namespace, launcher: command_launchers.Launcher) -> int:
@@ -69,13 +73,21 @@ def start(
     enlist(sweep, args.output_dir)
     job_lists.reopen(args.output_dir)
     try:
-        outcome = Job.launch(jobs, launcher)
+        with usable():
+            outcome = Job.launch(jobs, launcher)
     except KeyboardInterrupt:
         print("Interrupted; launch again to go on.")
         return 130
-    except (command_launchers.Unavailable, SlurmMissing, ImportError, ValueError) as error:  # of its options, packages
-        raise BadInput(str(error)) from error
     return 0 if outcome is None else report(outcome)
+
+
+@contextmanager
+def usable() -> Iterator[None]:
+    """Raises BadInput if a launcher lacks what it runs on, or a package, or can't take its options."""
+    try:
+        yield
+    except (command_launchers.Unavailable, SlurmMissing, ImportError, ValueError) as error:
+        raise BadInput(str(error)) from error
 
 
 def enlist(jobs: Sequence[Job], output_dir: str) -> None:

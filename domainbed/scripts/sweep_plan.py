@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from domainbed import machine, plans
+from domainbed.commands import thread_limits
 from domainbed.jobs import Job
 from domainbed.scripts import BadInput, torch_process
 from domainbed.scripts.sweep_checks import missing_directories
@@ -41,7 +42,7 @@ def calibrate(several: Sequence[plans.Kind], threads: int) -> str:
     if not several:
         return ""
     question = {"kinds": [_question(kind, name) for kind, name in zip(several, plans.names(several), strict=True)]}
-    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
+    limits = thread_limits(threads)
     try:
         found = torch_process.ask("domainbed.scripts.calibrate", question, limits)
     except torch_process.Failed as error:

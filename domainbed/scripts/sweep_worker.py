@@ -1,27 +1,25 @@
 """The sweep script's worker: for schedulers that start processes of their own, as Kubernetes' Indexed Jobs do."""
 
 import argparse
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from domainbed import command_launchers, job_lists
-from domainbed.children import REQUEUE, code_of
+from domainbed import command_launchers, job_lists, states
+from domainbed.claims import EXIT_LOCKED
+from domainbed.interruption import EXIT_PREEMPTED
 from domainbed.jobs import Job
 from domainbed.scripts import BadInput
-from domainbed.scripts.sweep_launch import enlist, find_launcher, report
+from domainbed.scripts.sweep_launch import enlist, find_launcher, report, usable
 from domainbed.states import State
 
 LAUNCHER = "local"
-_READY = (State.QUEUED, State.PREEMPTED)
+_READY = (State.QUEUED, State.PREEMPTED, State.RUNNING)
 
 
 def work(jobs: Sequence[Job], args: argparse.Namespace) -> int:
-    """Runs the jobs that nobody runs yet, or the one of ``--index``.
+    """Runs the jobs that are neither done nor failed, if nobody else does; or the one of ``--index``.
 
     Returns:
-        0; 1 if a job failed; with ``--index``, the exit code of that job's training: REQUEUE asks for another start.
+        0; 1 if a job failed; with ``--index``, the exit code of its training: EXIT_PREEMPTED asks for another start.
 
     Raises:
         BadInput: there is no job of that index, or the jobs can't be run here.
@@ -42,11 +40,13 @@ def work(jobs: Sequence[Job], args: argparse.Namespace) -> int:
 
 def _work_on_all(jobs: Sequence[Job], launcher: command_launchers.Launcher) -> int:
     ready = [job for job in jobs if job.status.state in _READY]
-    print(f"{len(ready)} of {len(jobs)} jobs are to be done.")
+    running = sum(job.status.state is State.RUNNING for job in ready)
+    print(f"{len(ready)} of {len(jobs)} jobs are to be done; {running} of them are running and are waited for.")
     if not ready:
         return 0
     try:
-        outcome = Job.launch(ready, launcher)
+        with usable():
+            outcome = Job.launch(ready, launcher)
     except KeyboardInterrupt:
         print("Interrupted; start a worker again to go on.")
         return 130
@@ -59,28 +59,12 @@ def _work_on_one(job: Job, args: argparse.Namespace, launcher: command_launchers
         return 0
     enlist([job], args.output_dir)
     try:
-        with _signals_exit():
+        with usable():
             [code] = launcher([job.command_str])
     except SystemExit:  # we were told to end, and have told the training
-        code = code_of(job.output_dir)
+        code = states.code_of(job.output_dir)
     except KeyboardInterrupt:
         return 130
-    if code not in (0, REQUEUE):
+    if code not in (0, EXIT_PREEMPTED, EXIT_LOCKED):
         print(f"Failed: {job.output_dir}: {job.last_error()}")
     return int(code) if code >= 0 else 128 - code
-
-
-def _exit(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
-@contextmanager
-def _signals_exit() -> Iterator[None]:
-    """Lets what schedulers send unwind the stack, so that the launcher ends its training."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    previous = {number: signal.signal(number, _exit) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

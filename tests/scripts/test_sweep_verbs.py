@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from domainbed import claims, command_launchers, job_lists, model_selection, run_directory, states
+from domainbed.commands import Command
 from domainbed.jobs import Job, make_args_list
 from domainbed.scripts import BAD_INPUT_STATUS, BadInput, sweep, sweep_arguments, sweep_checks
 from domainbed.scripts.sweep_arguments import parse
@@ -188,6 +189,26 @@ def test_cancel_sends_no_signal_to_another_machine(run, capsys, monkeypatch):
     assert (directory / claims.STOP_FILE).exists()
 
 
+def test_cancel_goes_on_past_a_job_that_cannot_be_told(run, holder, capsys, monkeypatch):
+    untold, far, _ = run.names()
+    (run.out / far).mkdir()
+    (run.out / far / "claim.1").write_text(json.dumps({"host": "far", "machine": "far away", "pid": 1}))
+    told, ask = [], claims.request_stop
+
+    def request_stop(directory):
+        if directory.endswith(untold):
+            raise PermissionError(13, "Permission denied", directory)
+        ask(directory)
+        told.append(directory)
+
+    monkeypatch.setattr(claims, "request_stop", request_stop)
+    assert run("cancel", "--skip") == 1
+    assert told == [str(run.out / far)]
+    out = capsys.readouterr().out
+    assert "Asked 1 running jobs" in out
+    assert f"Not told, so it runs on: [Errno 13] Permission denied: '{run.out / untold}'\n" in out
+
+
 def test_cancel_asks_first(run, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "n")
     with pytest.raises(SystemExit):
@@ -273,17 +294,46 @@ def test_worker(run, mixed, local, capsys):
     assert run("worker") == 0
     assert [Path(command.output_dir).name for command in run.commands[-1]] == [mixed[2]]
     assert run.options == {"workers": 1, "threads": 1}
-    assert capsys.readouterr().out == "1 of 3 jobs are to be done.\nLaunching...\nLaunched 1 jobs!\n"
+    said = "1 of 3 jobs are to be done; 0 of them are running and are waited for.\n"
+    assert capsys.readouterr().out == f"{said}Launching...\nLaunched 1 jobs!\n"
     run.codes = 1
     assert run("worker", "--workers", "2", "--threads", "3") == 1
     assert run.options == {"workers": 2, "threads": 3}
 
 
-def test_worker_with_index(run, mixed, local):
+def test_what_runs_elsewhere_is_waited_for(run, holder, local, capsys):
+    first, *others = run.names()
+    for name in others:
+        leave(run.out / name, done=True)
+    capsys.readouterr()
+    assert run("launch", "--command_launcher", "local", grid=GRID) == 0
+    assert [Path(command.output_dir).name for command in run.commands[-1]] == [first]
+    assert "About to start 0 incomplete jobs again; 1 are running and are waited for.\n" in capsys.readouterr().out
+    run("worker")
+    assert [Path(command.output_dir).name for command in run.commands[-1]] == [first]
+    assert "1 of 3 jobs are to be done; 1 of them are running and are waited for." in capsys.readouterr().out
+    launched = len(run.commands)
+    run("launch", grid=GRID)
+    assert len(run.commands) == launched
+    assert "1 are running and are left alone.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--index", "1"]])
+def test_worker_says_what_the_launcher_lacks(run, monkeypatch, words):
+    def lacking(commands, *, workers):
+        raise command_launchers.Unavailable("the fork server has ended")
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "local", lacking)
+    with pytest.raises(BadInput, match="the fork server has ended"):
+        run("worker", *words)
+
+
+def test_worker_with_index(run, mixed, local, capsys):
     for code, status in ((75, 75), (3, 3), (-9, 137), (73, 73)):
         run.codes = code
         assert run("worker", "--index", "2") == status
         assert [Path(command.output_dir).name for command in run.commands[-1]] == [mixed[2]]
+    assert capsys.readouterr().out.count("Failed: ") == 2
     assert run("worker", "--index", "1") == 73  # failed before: whoever asks for it by number wants it
     assert [Path(command.output_dir).name for command in run.commands[-1]] == [mixed[1]]
     launched = len(run.commands)
@@ -303,16 +353,21 @@ def test_index_counts_in_the_order_of_the_grid(run, local, tmp_path):
     assert run.names() == [Job(args[index], "o").name for index in (4, 1)]
 
 
-def test_worker_that_is_told_to_end(run, local, monkeypatch):
-    """The training has saved itself by then."""
+@pytest.mark.parametrize("words", [[], ["--index", "1"]])
+def test_worker_that_is_told_to_end(run, monkeypatch, tmp_path, words):
+    saves = f"trap 'touch {tmp_path}/saved; exit 75' TERM; kill -USR1 $PPID; while :; do sleep .01; done"
 
-    def told(commands):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        pytest.fail("went on")
+    def local(commands, *, workers):
+        return real([Command(["sh", "-c", saves], command.output_dir) for command in commands], workers=1)
 
-    before = signal.getsignal(signal.SIGUSR1)
-    monkeypatch.setitem(command_launchers.REGISTRY, "local", lambda commands, *, workers: told(commands))
-    assert run("worker", "--index", "1") == 75
+    real, before = command_launchers.local_launcher, signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setitem(command_launchers.REGISTRY, "local", local)
+    if words:
+        assert run("worker", *words) == 75
+    else:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
+            run("worker")
+    assert (tmp_path / "saved").exists()
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
