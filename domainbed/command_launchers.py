@@ -166,7 +166,7 @@ def find(name: str, options: Mapping[str, Any]) -> Launcher:
     parameters = inspect.signature(REGISTRY[name]).parameters.values()
     allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if lacking := [key for key in given if key not in allowed]:
-        known = ", ".join(f"--{key}" for key in allowed) or "none"
+        known = ", ".join(f"--{key}" for key in allowed if key in options) or "none"
         raise ValueError(f"launcher {name} has no option --{lacking[0]}; it takes: {known}")
     return functools.partial(REGISTRY[name], **given)
 

@@ -109,5 +109,5 @@ def is_cancelled(sweep_dir: str | os.PathLike[str]) -> bool:
 
 def reopen(sweep_dir: str | os.PathLike[str]) -> None:
     """Removes the mark, if it is there."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         Path(sweep_dir, CANCELLED_FILE).unlink()

@@ -212,7 +212,7 @@ def test_find_binds_options(monkeypatch):
     with pytest.raises(ValueError, match="launcher mine has no option --threads; it takes: none"):
         command_launchers.find("mine", {"workers": None, "threads": 2})
     with pytest.raises(ValueError, match="launcher multi_gpu has no option --workers; it takes: --threads, --jobs"):
-        command_launchers.find("multi_gpu", {"workers": 1})
+        command_launchers.find("multi_gpu", {"workers": 1, "threads": None, "jobs_per_gpu": None})
     with pytest.raises(ValueError, match="got 0 and 1"):
         command_launchers.find("local", {"workers": 0, "threads": None})([])
 
@@ -243,7 +243,7 @@ def test_launchers_from_a_plugin(tmp_path, monkeypatch):
     assert command_launchers.find("farther", {"retries": 3, "workers": None})(["a", "b"]) == [3, 3]
     assert command_launchers.find("farthest", {})(["a", "b"]) == 2
     with pytest.raises(ValueError, match="launcher farther has no option --workers; it takes: --retries"):
-        command_launchers.find("farther", {"workers": 3})
+        command_launchers.find("farther", {"workers": 3, "retries": None})
     (name,) = [name for name in sys.modules if name.startswith("domainbed_plugin_far_launchers")]
     del sys.modules[name]
 

@@ -76,10 +76,13 @@ def listed_jobs(args: argparse.Namespace, needed: bool = True) -> list[Job]:
     Raises:
         BadInput: they can't be made, or there is no list.
     """
-    if args.names_jobs or not (needed or job_lists.exists(args.output_dir)):
+    listed = job_lists.exists(args.output_dir)
+    if args.names_jobs or not (needed or listed or not os.path.isdir(args.output_dir)):
         return sweep_jobs(args)
     with bad_input():
         check_output_dir(args.output_dir)
+        if not os.path.isdir(args.output_dir):
+            raise FileNotFoundError(f"--output_dir {args.output_dir} does not exist; name the directory of a sweep")
         if not job_lists.exists(args.output_dir):
             raise FileNotFoundError(
                 f"{args.output_dir} holds no {job_lists.JOBS_FILE}; say by sweep file or flags which jobs are meant"

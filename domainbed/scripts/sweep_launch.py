@@ -66,12 +66,12 @@ def start(
     """Asks, puts the whole sweep on its list, and hands the jobs to the launcher; returns 1 if one failed."""
     if not jobs:
         return 0
+    job_lists.reopen(args.output_dir)  # first of all: who cancels from now on means this launch
     if args.command_launcher != RUNS_NOTHING:
         importlib.import_module("domainbed.scripts.sweep_checks").check(jobs)
     if not args.skip_confirmation:
         ask_for_confirmation()
     enlist(sweep, args.output_dir)
-    job_lists.reopen(args.output_dir)
     try:
         with usable():
             outcome = Job.launch(jobs, launcher)
@@ -110,4 +110,6 @@ def report(outcome: Outcome) -> int:
     if len(outcome.failed) > SHOWN_FAILURES:
         print(f"... and {len(outcome.failed) - SHOWN_FAILURES} more.")
     print(f"{len(outcome.done)} done, {len(outcome.failed)} failed{elsewhere}{stopped}.")
+    if outcome.failed:
+        print("`sweep retry_failed` starts the failed ones again.")
     return 1 if outcome.failed else 0

@@ -319,7 +319,7 @@ def test_few_failures_are_shown(run, monkeypatch, capsys):
     assert run("launch", "--skip", "--n_hparams", "3", launcher="failing") == 1
     out = capsys.readouterr().out
     assert out.count("Failed: ") == 5
-    assert out.endswith("... and 4 more.\n0 done, 9 failed.\n")
+    assert out.endswith("... and 4 more.\n0 done, 9 failed.\n`sweep retry_failed` starts the failed ones again.\n")
 
 
 def test_success_is_counted(run, monkeypatch, capsys):

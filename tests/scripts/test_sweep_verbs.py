@@ -178,6 +178,21 @@ def test_cancel(run, holder, capsys):
     assert not (run.out / run.names()[1]).exists()
 
 
+def test_what_is_cancelled_while_it_is_being_checked_is_not_opened_again(run, monkeypatch):
+    job_lists.cancel(run.out)  # of an earlier launch
+    found = []
+
+    def check(jobs):
+        found.append(job_lists.is_cancelled(run.out))
+        job_lists.cancel(run.out)
+
+    monkeypatch.setattr("domainbed.scripts.sweep_checks.check", check)
+    monkeypatch.setitem(command_launchers.REGISTRY, "mine", lambda commands: [75] * len(commands))
+    run("launch", "--skip", "--command_launcher", "mine", grid=GRID)
+    assert found == [False]
+    assert job_lists.is_cancelled(run.out)
+
+
 def test_cancel_sends_no_signal_to_another_machine(run, capsys, monkeypatch):
     directory = run.out / run.names()[0]
     directory.mkdir()
