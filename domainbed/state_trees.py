@@ -160,6 +160,8 @@ def _random_state(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
+        if getattr(value.bit_generator.seed_seq, "n_children_spawned", 0):
+            raise NotResumable("a NumPy generator that has spawned others does not tell how many")
         return value.bit_generator.state
     if isinstance(value, np.random.RandomState):
         return value.get_state(legacy=False)
