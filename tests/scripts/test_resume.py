@@ -393,6 +393,19 @@ def test_another_runs_command_leaves_a_snapshot_alone(
     assert_equal_runs(tmp_path, whole)
 
 
+def test_a_snapshot_that_a_kill_left_in_a_finished_run_takes_nothing_from_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        in_update(4)(patch)
+        assert main(tmp_path) == 75
+    left = (tmp_path / "snapshot.pkl").read_bytes()
+    assert main(tmp_path) == 0
+    (tmp_path / "snapshot.pkl").write_bytes(left)  # killed right after it was done
+    assert main(tmp_path) == 0
+    assert_equal_runs(tmp_path, whole)
+
+
 def test_other_data_start_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
