@@ -72,11 +72,16 @@ def start(
     if not args.skip_confirmation:
         ask_for_confirmation()
     enlist(sweep, args.output_dir)
+    return hand_over(jobs, launcher, "launch again")
+
+
+def hand_over(jobs: Sequence[Job], launcher: command_launchers.Launcher, remedy: str) -> int:
+    """Has the jobs run and prints what became of them; returns 1 if one failed, 130 after Ctrl-C."""
     try:
         with usable():
             outcome = Job.launch(jobs, launcher)
     except KeyboardInterrupt:
-        print("Interrupted; launch again to go on.")
+        print(f"Interrupted; {remedy} to go on.")
         return 130
     return 0 if outcome is None else report(outcome)
 

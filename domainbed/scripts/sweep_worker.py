@@ -8,7 +8,7 @@ from domainbed.claims import EXIT_LOCKED
 from domainbed.interruption import EXIT_PREEMPTED
 from domainbed.jobs import Job
 from domainbed.scripts import BadInput
-from domainbed.scripts.sweep_launch import enlist, find_launcher, report, usable
+from domainbed.scripts.sweep_launch import enlist, find_launcher, hand_over, usable
 from domainbed.states import State
 
 LAUNCHER = "local"
@@ -42,15 +42,7 @@ def _work_on_all(jobs: Sequence[Job], launcher: command_launchers.Launcher) -> i
     ready = [job for job in jobs if job.status.state in _READY]
     running = sum(job.status.state is State.RUNNING for job in ready)
     print(f"{len(ready)} of {len(jobs)} jobs are to be done; {running} of them are running and are waited for.")
-    if not ready:
-        return 0
-    try:
-        with usable():
-            outcome = Job.launch(ready, launcher)
-    except KeyboardInterrupt:
-        print("Interrupted; start a worker again to go on.")
-        return 130
-    return 0 if outcome is None else report(outcome)
+    return hand_over(ready, launcher, "start a worker again") if ready else 0
 
 
 def _work_on_one(job: Job, args: argparse.Namespace, launcher: command_launchers.Launcher) -> int:

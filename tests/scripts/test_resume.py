@@ -306,7 +306,10 @@ def test_domain_adaptation_goes_on_with_the_next_unlabelled_images(
 ) -> None:
     group_dro = algorithms.get_algorithm_class("GroupDRO")
     update = group_dro.update
-    seen = lambda self, batches, unlabeled: update(self, batches) | {"seen": float(unlabeled[0].sum())}  # noqa: E731
+
+    def seen(self: Any, batches: Any, unlabeled: Any) -> dict[str, float]:
+        return update(self, batches) | {"seen": float(unlabeled[0].sum())}
+
     monkeypatch.setattr(group_dro, "update", seen)
     flags = ("--task", "domain_adaptation", "--uda_holdout_fraction", "0.5")
     assert_equal_runs(*run_cut_and_run_again(tmp_path, monkeypatch, in_update(4), *flags))
