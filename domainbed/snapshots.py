@@ -154,7 +154,7 @@ def load(
     hparams: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """The newest snapshot that is whole and fits the run's records, which are cut back to what they were then.
+    """The newest snapshot that is whole and fits the run's records.
 
     Args:
         defaults: what an argument was that the snapshot lacks.
@@ -173,7 +173,7 @@ def load(
             run_directory.refuse_other_run(directory, {**(defaults or {}), **content["args"]}, args)
             if content["hparams"] != dict(hparams):
                 raise Unusable(f"the hparams were {content['hparams']} and are {dict(hparams)}")
-            _cut_records(Path(directory, records.RESULTS_FILE), content["records_size"], content["records_checksum"])
+            _check_records(Path(directory, records.RESULTS_FILE), content)
         except Unusable as error:
             logger.warning("a snapshot is passed over: %s", error)
             path.unlink(missing_ok=True)  # or the next one would be written over the good one before
@@ -184,15 +184,16 @@ def load(
     return None
 
 
-def _cut_records(path: Path, size: int, checksum: int) -> None:
-    if _records_so_far(path, size) != (size, checksum):
+def _check_records(path: Path, content: Mapping[str, Any]) -> None:
+    size = content["records_size"]
+    if _records_so_far(path, size) != (size, content["records_checksum"]):
         raise Unusable(f"{path} is not as it was when the snapshot was written")
-    if size < (path.stat().st_size if path.exists() else 0):
-        os.truncate(path, size)
 
 
-def restore(content: Mapping[str, Any], algorithm: Any, progress: Any) -> None:
+def restore(directory: str | os.PathLike[str], content: Mapping[str, Any], algorithm: Any, progress: Any) -> None:
     """Puts a freshly built algorithm, a fresh progress and the global generators into the states of a snapshot.
+
+    The run's records are cut back to what they were then.
 
     Raises:
         NotResumable: the algorithm is another one than it was.
@@ -200,3 +201,6 @@ def restore(content: Mapping[str, Any], algorithm: Any, progress: Any) -> None:
     state_trees.restore(content["algorithm"], algorithm, "algorithm")
     state_trees.restore(content["progress"], progress, "progress")
     set_random_states(content["random"])
+    path = Path(directory, records.RESULTS_FILE)
+    if path.exists():
+        os.truncate(path, content["records_size"])

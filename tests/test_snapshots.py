@@ -61,7 +61,7 @@ def loaded_step(directory: Path) -> int | None:
     if content is None:
         return None
     progress = training.Progress()
-    snapshots.restore(content, Small(), progress)
+    snapshots.restore(directory, content, Small(), progress)
     return progress.step
 
 
@@ -77,7 +77,7 @@ def test_weights_optimizer_and_all_random_numbers_go_on(tmp_path: Path) -> None:
     torch.manual_seed(5)
     fresh, progress, content = Small(), training.Progress(), snapshots.load(tmp_path, ARGS, HPARAMS)
     assert content is not None
-    snapshots.restore(content, fresh, progress)
+    snapshots.restore(tmp_path, content, fresh, progress)
     assert progress == training.Progress(step=1, values={"loss": [0.5]})
     for _ in range(3):
         fresh.update()

@@ -85,7 +85,7 @@ def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: clai
             hparams, snapshot = resolve(args), None
             if not overwrite:
                 run_directory.check_same_run(directory, args, defaults(args))
-            if not overwrite and not run_directory.is_done(directory):  # loading cuts the records
+            if not overwrite and not run_directory.is_done(directory):
                 snapshot = snapshots.load(directory, args, hparams, defaults(args))
     except BadInput as error:
         if run_directory.is_fresh(directory):  # nothing is written into another run's directory

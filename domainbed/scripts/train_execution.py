@@ -74,7 +74,7 @@ class Execution:
         """
         if content["task"] != self.run.task.to_dict():
             raise NotResumable(f"the data were those of {content['task']} and are of {self.run.task.to_dict()}")
-        snapshots.restore(content, self.run.algorithm, [self.progress, self.run.stopping])
+        snapshots.restore(self.run.directory, content, self.run.algorithm, [self.progress, self.run.stopping])
         for pattern in (explanation_records.EXPLANATIONS_FILE, "*.partial"):
             for path in self.run.directory.glob(pattern):
                 path.unlink()
