@@ -23,6 +23,8 @@ setup(
         "scikit-image>=0.24",
         "scipy>=1.11",
         "tqdm",
+        "msgspec>=0.18",
+        "pandas>=2",
     ],
     extras_require={
         "timm": ["timm>=1.0"],
@@ -31,6 +33,10 @@ setup(
         "data": ["gdown>=6.3"],  # the first whose download() has a timeout
         "slurm": ["submitit>=1.5"],
         "report": ["matplotlib>=3.8", "umap-learn>=0.5"],
+        "tensorboard": ["tensorboard>=2.15"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.15", "sqlalchemy"],
+        "browser": ["playwright>=1.45"],  # tests of the report; needs a Chromium
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -42,6 +48,10 @@ setup(
             "submitit>=1.5",
             "captum>=0.9",  # its ablations check the explanation metrics; brings matplotlib
             "matplotlib>=3.8",
+            "umap-learn>=0.5",
+            "tensorboard>=2.15",
+            "nbclient>=0.10",
+            "ipykernel>=6",
         ],
     },
 )

@@ -15,7 +15,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the top to the bottom; a module may import those before it, and those of its own entry.
 LAYERS = [
-    ["seeding", "console", "machine", "messages", "overrides", "paired"], ["metadata"], ["manifests"], ["registry"],
+    ["seeding", "console", "machine", "messages", "overrides", "paired", "intervals", "ranks", "table_formats"],
+    ["metadata"], ["manifests"], ["registry"],
     ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
     ["downloading", "unpacking"], ["releases"],
@@ -23,13 +24,14 @@ LAYERS = [
     ["datasets"], ["mask_files"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"],
     ["feature_maps"], ["branches"], ["attribution"], ["masking"], ["similarities"], ["maskers"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"],
-    ["explainers", "subsets", "explanation_metrics"], ["evaluation"], ["records"], ["explanation_records"], ["cards"],
+    ["explainers", "subsets", "explanation_metrics", "feature_scores"], ["evaluation", "features"], ["records"], ["loggers"], ["explanation_records"], ["cards"],
     ["lib.reporting"], ["holders"], ["claims"], ["run_directory"], ["states"], ["state_trees"],
-    ["snapshots"], ["training"], ["rows"], ["model_selection"], ["pairs"], ["tables"], ["group_tables"],
-    ["control_tables", "screening_tables", "explanation_tables", "figures"], ["sweep_rows"], ["commands"], ["jobs"],
+    ["snapshots"], ["training"], ["rows"], ["model_selection"], ["condensing"], ["run_index"], ["pairs"], ["tables"],
+    ["group_tables"], ["paper_tables", "efficiency_tables", "selection_tables", "rank_tables", "per_group_tables"],
+    ["control_tables", "screening_tables", "explanation_tables", "figures", "record_figures"], ["sweep_rows"], ["commands"], ["jobs"],
     ["refit"], ["job_lists"], ["status_tables", "plans"], ["children", "fork_server"], ["pool"], ["slurm_tasks"],
-    ["slurm"], ["command_launchers"], ["saved_models"],
-    ["scripts"],
+    ["slurm"], ["command_launchers"], ["saved_models"], ["predictors"], ["report"],
+    ["scripts"], ["api"],
 ]  # fmt: skip
 EDGE = {"scripts"}  # where names may stand as defaults of flags
 
