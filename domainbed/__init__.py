@@ -3,8 +3,9 @@
 The modules in the order in which data flows; each imports only from those above it:
 
     seeding, console, machine,
-    messages, overrides, paired       the hash of seeds; table rows; CPU cores; wording; hparams as users write them;
-                                      statistics of paired numbers
+    messages, overrides, paired,
+    intervals, ranks, table_formats   the hash of seeds; table rows; CPU cores; wording; hparams as users write them;
+                                      statistics; tables as data, and how they are written
     metadata, manifests               CSV files; those that list a dataset's images
     registry                          name -> class; class attributes read without importing
     lib/                              helpers at the paths that DomainBed users import
@@ -24,23 +25,29 @@ The modules in the order in which data flows; each imports only from those above
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     explainers, subsets,
     explanation_metrics,
+    feature_scores, features,
     evaluation                     5  where any algorithm looks; which images are explained; heatmaps -> how faithful
-                                      and well placed; algorithm, split -> average, per-group and worst-group numbers
-    records, explanation_records,
-    cards                             one JSON line per checkpoint; what a dataset holds
+                                      and well placed; what a network makes of images, and how it is told apart;
+                                      algorithm, split -> average, per-group and worst-group numbers
+    records, loggers,
+    explanation_records, cards        one JSON line per checkpoint; who else is told of it; what a dataset holds
     holders, claims, run_directory,
     states, state_trees, snapshots,
     training                       6  who works in a run's directory, and what became of the run; everything that it
                                       needs to go on; the loop
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
-    tables, figures                8  chosen runs -> text, images
+    condensing, run_index             a sweep's files -> the records that selection may take, kept in an index
+    tables, *_tables, figures,
+    *_figures                      8  chosen runs -> tables, images
     commands, jobs, refit,
     job_lists, status_tables, plans   sweep -> jobs; which a directory has; how they stand; what they will take
     children, fork_server, pool,
     slurm_tasks, slurm,
     command_launchers              9  processes that run jobs, on this machine and on a cluster
-    saved_models                      a run's model, with its dataset and splits, as it was trained
+    saved_models, predictors          a run's model; the same for images of one's own
+    report/                           a sweep as one page of HTML
     scripts/                          the verbs: parse, call, print
+    api                               what notebooks call
 
 The letters of shapes: B images in a minibatch, C channels, H x W pixels, K classes, V confounder values,
 E parts of the partition (DomainBed's environments), N examples, Z pixels of a feature map.

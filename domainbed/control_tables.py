@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from domainbed import messages, paired
+from domainbed import messages, paired, table_formats
 from domainbed import records as keys
-from domainbed.group_tables import CRITERION_TITLES, cell_titles
+from domainbed.group_tables import cell_titles, protocol_notes, selected_by
 from domainbed.model_selection import Choice
 from domainbed.paired import Difference
 from domainbed.pairs import LAST_STEP, ORACLE, Pairing, pair, views, with_controls
 from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
-from domainbed.tables import MISSING, document, line_names, wide_table
+from domainbed.table_formats import MISSING, Table
+from domainbed.tables import line_names
 
 Record = Mapping[str, Any]
 
@@ -53,54 +54,72 @@ CHOSEN = {
 CONTROLS = _Kind("Method minus control, in pairs", ("Method", "Control"), "control", (CONTROL_NOTE,))
 
 
-def control_tables(records: Iterable[Record], latex: bool = False) -> str:
-    """A table for each view of ``pairs.views``: a line for each row with a control on the same data.
-
-    Empty text without pairs.
-    """
+def control_tables(records: Iterable[Record]) -> list[Table]:
+    """A table for each view of ``pairs.views``: a line for each row with a control on the same data."""
     by_run = _grouped(records)
     met = meeting(by_run)
-    text = _tables(by_run, with_controls(met), row_names(met.values()), CONTROLS, latex)
-    return document(text, CONTROLS.title, f"Total records: {_total(by_run)}") if latex and text else text
+    return _tables(by_run, with_controls(met), row_names(met.values()), CONTROLS)
 
 
-def comparison_tables(records: Iterable[Record], first: str, second: str, latex: bool = False) -> str:
+def comparison_tables(records: Iterable[Record], first: str, second: str) -> list[Table]:
     """As ``control_tables``, for two rows by their names in DomainBed's tables (``rows.row_names``).
 
     Raises:
         ValueError: there is no such row, or the two have no pair.
     """
+    by_run, names = _named(records, [first, second])
+    one_algorithm = len({row.algorithm for row, name in names.items() if name in (first, second)}) == 1
+    kind = _comparison(f"{first} minus {second}", one_algorithm)
+    wanted = _pairs_of(meeting(by_run), lambda a, b: (names[a], names[b]) == (first, second))
+    tables = _tables(by_run, wanted, names, kind) if first != second else []
+    if not tables:
+        raise ValueError(f"{first} and {second} have no pair: two rows with trials of the same dataset and test_envs")
+    return tables
+
+
+def comparisons_tables(records: Iterable[Record], reference: str) -> list[Table]:
+    """As ``comparison_tables``, for every other row minus one; all lines of a table are corrected together.
+
+    Raises:
+        ValueError: there is no such row, or no other one has a pair with it.
+    """
+    by_run, names = _named(records, [reference])
+    wanted = _pairs_of(meeting(by_run), lambda a, b: names[b] == reference != names[a])
+    tables = _tables(by_run, wanted, names, _comparison(f"Every other row minus {reference}", one_algorithm=False))
+    if not tables:
+        raise ValueError(f"no row has a pair with {reference}: trials of the same dataset and test_envs")
+    return tables
+
+
+def _named(records: Iterable[Record], wanted: Iterable[str]) -> tuple[dict[Run, list[Record]], dict[Row, str]]:
+    """The records by run, and the name of each row.
+
+    Raises:
+        ValueError: a wanted name is not among them.
+    """
     by_run = _grouped(records)
-    met = meeting(by_run)
-    names = row_names(met.values())
-    for name in (first, second):
+    names = row_names(meeting(by_run).values())
+    for name in wanted:
         if name not in names.values():
             raise ValueError(messages.not_found("row", name, map(repr, _sorted_names(names))))
-    wanted = [
-        (a, b, cell) for cell in met for a in met[cell] for b in met[cell] if (names[a], names[b]) == (first, second)
-    ]
-    one_algorithm = len({row.algorithm for row, name in names.items() if name in (first, second)}) == 1
-    text = _tables(by_run, wanted, names, _comparison(first, second, one_algorithm), latex) if first != second else ""
-    if not text:
-        raise ValueError(f"{first} and {second} have no pair: two rows with trials of the same dataset and test_envs")
-    return document(text, "Two rows", f"Total records: {_total(by_run)}") if latex else text
+    return by_run, names
 
 
-def _comparison(first: str, second: str, one_algorithm: bool) -> _Kind:
+def _pairs_of(met: Mapping[Cell, Iterable[Row]], is_wanted: Callable[[Row, Row], bool]) -> list[tuple[Row, Row, Cell]]:
+    return [(a, b, cell) for cell, rows in met.items() for a in rows for b in rows if is_wanted(a, b)]
+
+
+def _comparison(title: str, one_algorithm: bool) -> _Kind:
     notes = [
         "Pairs have equal trials and seeds; where draws compete or no seed is common, equal trials and ranks of seeds."
     ]
     if not one_algorithm:
         notes.append("Across algorithms pairs share splits and draws only, not the weights they start from.")
-    return _Kind(f"{first} minus {second}", ("Row", "Other"), "other", tuple(notes), any_seed=True)
+    return _Kind(title, ("Row", "Other"), "other", tuple(notes), any_seed=True)
 
 
 def _grouped(records: Iterable[Record]) -> dict[Run, list[Record]]:
     return runs(record for record in records if keys.has_groups(record))
-
-
-def _total(by_run: Mapping[Run, Sequence[Record]]) -> int:
-    return sum(map(len, by_run.values()))
 
 
 def _sorted_names(names: Mapping[Row, str]) -> list[str]:
@@ -112,20 +131,21 @@ def _tables(
     wanted: Sequence[tuple[Row, Row, Cell]],
     names: Mapping[Row, str],
     kind: _Kind,
-    latex: bool,
-) -> str:
+) -> list[Table]:
     """A table for each view in which some of the wanted rows have pairs."""
     titles, order = cell_titles(meeting(by_run)), _sorted_names(names)
     places = list(titles)
     wanted = sorted(wanted, key=lambda w: (places.index(w[2]), order.index(names[w[0]]), order.index(names[w[1]])))
     rows = {row for first, second, _ in wanted for row in (first, second)}
-    text = ""
-    for view in views(record for run, checkpoints in by_run.items() if run.row in rows for record in checkpoints):
+    own = {run: checkpoints for run, checkpoints in by_run.items() if run.row in rows}
+    protocol = protocol_notes(own)
+    tables = []
+    for view in views(record for checkpoints in own.values() for record in checkpoints):
         found = [pair(view, *rows_and_cell, kind.any_seed) for rows_and_cell in wanted]
         pairings = [pairing for pairing in found if pairing is not None]
         if any(pairing.pairs for pairing in pairings):
-            text += _table(pairings, view.name, names, titles, kind, latex)
-    return text
+            tables.append(_table(pairings, view.name, names, titles, kind, protocol))
+    return tables
 
 
 def _table(
@@ -134,19 +154,19 @@ def _table(
     names: Mapping[Row, str],
     titles: Mapping[Cell, str],
     kind: _Kind,
-    latex: bool,
-) -> str:
-    chosen = CHOSEN.get(view) or f"model selection: {CRITERION_TITLES[view]} on validation"
+    protocol: Sequence[str],
+) -> Table:
     measured = [{name: _difference(pairing, metric) for name, metric in METRICS.items()} for pairing in pairings]
     corrected = _corrected([found["WGA"] for found in measured])
     columns = _columns(pairings, measured, kind)
-    columns["Holm"] = [MISSING if p is None else _p(p) for p in corrected]
-    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+    columns["Holm"] = [_p(p) for p in corrected]
+    columns = {name: cells for name, cells in columns.items() if any(cell != MISSING for cell in cells)}
     columns["WGA is"] = [_verdict(found["WGA"], p) for found, p in zip(measured, corrected, strict=True)]
     labels = [(titles[p.cell], names[p.first], names[p.second], _count(p)) for p in pairings]
-    body = [[*label, *cells] for label, *cells in zip(labels, *columns.values(), strict=True)]
-    notes = [NUMBERS_NOTE, TESTS_NOTE, *kind.notes, *_pairing_notes(pairings, view)]
-    return wide_table(f"{kind.title}; {chosen}", notes, ["Dataset", *kind.columns, "n", *columns], body, latex)
+    rows = [[*label, *cells] for label, *cells in zip(labels, *columns.values(), strict=True)]
+    notes = [NUMBERS_NOTE, TESTS_NOTE, *protocol, *kind.notes, *_pairing_notes(pairings, view)]
+    title = f"{kind.title}; {CHOSEN.get(view) or selected_by(view)}"
+    return Table(title, notes, ["Dataset", *kind.columns, "n", *columns], rows)
 
 
 def _difference(pairing: Pairing, metric: Callable[[Choice], float]) -> Difference | None:
@@ -156,7 +176,7 @@ def _difference(pairing: Pairing, metric: Callable[[Choice], float]) -> Differen
 
 def _columns(
     pairings: Sequence[Pairing], measured: Sequence[Mapping[str, Difference | None]], kind: _Kind
-) -> dict[str, list[str]]:
+) -> dict[str, list[table_formats.Cell | str]]:
     """The numbers of each metric, by the column's header."""
     columns = {}
     for name, metric in METRICS.items():
@@ -164,34 +184,42 @@ def _columns(
         columns[name] = [_mean(metric(a) for a, _ in pairing.pairs) for pairing in pairings]
         columns[f"{kind.other} {name}"] = [_mean(metric(b) for _, b in pairing.pairs) for pairing in pairings]
         columns[f"{name} difference"] = [_difference_cell(d) for d in found]
-        columns[f"{name} p"] = [MISSING if d is None or d.t_p is None else _p(d.t_p) for d in found]
-        signed = [MISSING if d is None or d.signed_rank_p is None else _p(d.signed_rank_p) for d in found]
-        columns[f"{name} signed ranks"] = signed
+        columns[f"{name} p"] = [_p(d.t_p if d else None) for d in found]
+        columns[f"{name} signed ranks"] = [_p(d.signed_rank_p if d else None) for d in found]
     return columns
 
 
-def _mean(values: Iterable[float]) -> str:
+def _mean(values: Iterable[float]) -> table_formats.Cell | str:
     some = list(values)
-    return f"{100 * np.mean(some):.1f}" if some else MISSING
+    if not some:
+        return MISSING
+    return table_formats.Cell(f"{100 * np.mean(some):.1f}", {"mean": float(np.mean(some)), "n": len(some)})
 
 
 def _points(value: float) -> str:
     return f"{round(100 * value, 1) + 0.0:+.1f}"  # adding zero turns -0.0 into 0.0
 
 
-def _difference_cell(found: Difference | None) -> str:
+def _difference_cell(found: Difference | None) -> table_formats.Cell | str:
     if found is None:
         return MISSING
     interval = found.interval and f" [{_points(found.interval[0])}, {_points(found.interval[1])}]"
-    return _points(found.mean) + (interval or "")
+    names = ("low", "high", "bootstrap low", "bootstrap high")
+    bounds = (*(found.interval or (None, None)), *(found.bootstrap or (None, None)))
+    values = {"mean": found.mean, "n": found.n, **dict(zip(names, bounds, strict=True))}
+    return table_formats.Cell(_points(found.mean) + (interval or ""), values)
 
 
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def _p(p: float | None) -> table_formats.Cell | str:
+    if p is None:
+        return MISSING
+    return table_formats.Cell("<0.001" if p < 0.001 else f"{p:.3f}", {"value": p})
 
 
-def _count(pairing: Pairing) -> str:
-    return f"{len(pairing.pairs)} ({pairing.unpaired} unpaired)" if pairing.unpaired else str(len(pairing.pairs))
+def _count(pairing: Pairing) -> table_formats.Cell:
+    n = len(pairing.pairs)
+    text = f"{n} ({pairing.unpaired} unpaired)" if pairing.unpaired else str(n)
+    return table_formats.Cell(text, {"value": n, "unpaired": pairing.unpaired})
 
 
 def _corrected(found: Sequence[Difference | None]) -> list[float | None]:

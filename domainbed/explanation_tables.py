@@ -10,6 +10,7 @@ import numpy as np
 
 from domainbed import explanation_records as explained
 from domainbed import records as keys
+from domainbed import table_formats
 from domainbed.explanation_records import Place, Settings, direction
 from domainbed.group_tables import (
     LINE_HEADER,
@@ -20,10 +21,11 @@ from domainbed.group_tables import (
     lines_of,
     mean_cell,
     percent_note,
+    protocol_notes,
 )
 from domainbed.model_selection import choose, choose_by_accuracy
 from domainbed.rows import Cell, Row, Run, meeting, row_names
-from domainbed.tables import MISSING, document, wide_table
+from domainbed.table_formats import MISSING, Table, render
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +108,15 @@ def run_table(line: Record) -> str:
     columns |= {f"env{e} {split} worst group": worst[e, split] for e, split in places if worst[e, split]}
     metrics = in_order(metric for some in means.values() for metric in some)
     body = [[header(m), *(_number(some[m]) if m in some else MISSING for some in columns.values())] for m in metrics]
-    return wide_table(title, notes, ["Metric", *columns], body, latex=False)
+    return render([Table(title, notes, ["Metric", *columns], body)], "text")
 
 
-def explanation_tables(records: Iterable[Record], lines: Iterable[Record], latex: bool = False) -> str:
+def explanation_tables(records: Iterable[Record], lines: Iterable[Record]) -> list[Table]:
     """Two tables, of means and of the worst groups, for each dataset, test environments and way of explaining.
 
     A line of a table is a row; its numbers are those of one run per trial: where draws compete, of the one that
     ``model_selection.choose`` (or, without groups, ``choose_by_accuracy``) takes among the explained models. Lines of
-    explanations that do not cover a run's test environments are left out. Empty text without explanations.
+    explanations that do not cover a run's test environments are left out.
 
     Args:
         records: of the runs.
@@ -122,7 +124,7 @@ def explanation_tables(records: Iterable[Record], lines: Iterable[Record], latex
     """
     lines = list(lines)
     if not lines:
-        return ""
+        return []
     by_step = {(Run.of(record["args"]), record["step"]): record for record in records}
     found: dict[tuple[Cell, Settings], list[Explained]] = defaultdict(list)
     for line in lines:
@@ -135,8 +137,7 @@ def explanation_tables(records: Iterable[Record], lines: Iterable[Record], latex
     names = row_names(meeting(one.run for some in found.values() for one in some).values(), partition=False)
     titles = cell_titles({cell for cell, _ in found})
     order = sorted(found, key=lambda place: (list(titles).index(place[0]), *_sortable(place[1])))
-    text = "".join(_tables(titles[cell], how, found[cell, how], names, latex) for cell, how in order)
-    return document(text, "Explanations", f"Total explanations: {len(lines)}") if latex and text else text
+    return [table for cell, how in order for table in _tables(titles[cell], how, found[cell, how], names)]
 
 
 def _sortable(settings: Settings) -> tuple[str, str, int, int, str]:
@@ -187,7 +188,7 @@ def _chosen(found: Sequence[Explained]) -> list[Explained]:
     return alone + [one for one in rest if one.run in chosen]
 
 
-def _tables(title: str, settings: Settings, found: Sequence[Explained], names: Mapping[Row, str], latex: bool) -> str:
+def _tables(title: str, settings: Settings, found: Sequence[Explained], names: Mapping[Row, str]) -> list[Table]:
     """The table of means, and that of the worst groups if there are any."""
     trials: dict[Line, list[Explained]] = defaultdict(list)
     for one in _chosen(found):
@@ -197,8 +198,9 @@ def _tables(title: str, settings: Settings, found: Sequence[Explained], names: M
     model = settings.model or "the last model"
     title += f": explanations by {settings.method}, {settings.n} images (seed {settings.seed}), {model}"
     title += f", masks of {settings.mask_dir}" if settings.mask_dir else ""
-    notes = [percent_note(most), NUMBERS_NOTE, CHOICE_NOTE, *budget_notes(one.run.row for one in found)]
-    text = ""
+    notes = [percent_note(most), *protocol_notes(one.run for one in found), NUMBERS_NOTE, CHOICE_NOTE]
+    notes += budget_notes(one.run.row for one in found)
+    tables = []
     for kind, extra in (("means", []), ("worst", [WORST_NOTE])):
         of_runs = {line: [getattr(one, kind) for one in trials[line]] for line in lines}
         metrics = in_order(metric for some in of_runs.values() for one in some for metric in one)
@@ -209,11 +211,11 @@ def _tables(title: str, settings: Settings, found: Sequence[Explained], names: M
         ]
         if metrics:
             head = title if kind == "means" else f"{title}: worst group"
-            text += wide_table(head, notes + extra, [*LINE_HEADER, "AA", "WGA", *map(header, metrics)], body, latex)
-    return text
+            tables.append(Table(head, notes + extra, [*LINE_HEADER, "AA", "WGA", *map(header, metrics)], body))
+    return tables
 
 
-def _accuracy_cells(found: Sequence[Explained], most: int) -> list[str]:
+def _accuracy_cells(found: Sequence[Explained], most: int) -> list[table_formats.Cell | str]:
     """AA and WGA of the explained steps, in percent; without groups AA alone."""
     aa = [_average(one) for one in found]
     wga = [one.accuracy.wga for one in found if one.accuracy is not None]

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from domainbed import records as keys
+from domainbed import table_formats
+from domainbed.intervals import t_interval
 from domainbed.model_selection import (
     CRITERIA,
     Checkpoint,
@@ -17,8 +19,9 @@ from domainbed.model_selection import (
     validation_envs,
     with_several_test_envs,
 )
-from domainbed.rows import Cell, Row, meeting, row_names, runs
-from domainbed.tables import MISSING, document, environment_names, in_order, line_names, wide_table
+from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
+from domainbed.table_formats import MISSING, Table
+from domainbed.tables import environment_names, in_order, line_names
 
 Record = Mapping[str, Any]
 
@@ -44,6 +47,8 @@ BUDGET_NOTE = (
     "Validation keeps all."
 )
 
+MOST_SEEDS = 5  # that a note lists one by one
+
 Line = tuple[str, str]  # name, partition
 LINE_HEADER = ("Algorithm", "Sampling")
 C = TypeVar("C", bound=Checkpoint)
@@ -53,14 +58,23 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def mean_cell(values: Sequence[float], most: int, number: Callable[[float], str] = percent) -> str:
-    """Mean and sd (ddof 1), each written by ``number``; the number of trials where it is less than the table's most."""
+def mean_cell(values: Sequence[float], most: int, number: Callable[[float], str] = percent) -> table_formats.Cell | str:
+    """Mean and sd (ddof 1), each written by ``number``; the number of trials where it is less than the table's most.
+
+    The numbers behind it are mean, sd, n, and low and high of the 95% t interval of the mean.
+    """
     if not values:
         return MISSING
-    cell = number(float(np.mean(values)))
-    if len(values) > 1:
-        cell += f" ± {number(float(np.std(values, ddof=1)))}"
-    return cell if len(values) == most else f"{cell} (n={len(values)})"
+    n, mean = len(values), float(np.mean(values))
+    sd = float(np.std(values, ddof=1)) if n > 1 else None
+    interval = t_interval(values)
+    text = number(mean) if sd is None else f"{number(mean)} ± {number(sd)}"
+    return table_formats.Cell(
+        text if n == most else f"{text} (n={n})",
+        {"mean": mean, "sd": sd, "n": n, **dict(zip(("low", "high"), interval or (None, None), strict=True))},
+        interval="[{}, {}]".format(*map(number, interval)) if interval else "",
+        trials=tuple(map(float, values)),
+    )
 
 
 def percent_note(most: int) -> str:
@@ -102,56 +116,64 @@ def trials_of(chosen: Iterable[C], names: Mapping[Row, str]) -> dict[tuple[Line,
     return dict(trials)
 
 
-def _own_table(
-    title: str,
-    notes: Iterable[str],
-    header: Sequence[str],
-    values: Mapping[Line, Sequence[Sequence[float]]],
-    most: int,
-    latex: bool,
-) -> str:
-    """A line for each row.
-
-    Args:
-        header: of the columns after the two that say what a line is.
-        values: of each of these columns, one per trial.
-        most: number of trials of the cells that have most of them.
-    """
-    body = [[*line_cells(line), *(mean_cell(trials, most) for trials in cells)] for line, cells in values.items()]
-    return wide_table(title, [percent_note(most), *notes], [*LINE_HEADER, *header], body, latex)
-
-
 def budget_notes(rows: Iterable[Row]) -> list[str]:
     return [BUDGET_NOTE] if any(key == "annotation_budget" for row in rows for key, _ in row.extras) else []
 
 
-def group_tables(records: Iterable[Record], latex: bool = False) -> str:
+def protocol_notes(found: Iterable[Run]) -> list[str]:
+    """How the runs of a table came by their hparams: a search, one draw each, or some of both."""
+    found = list(found)
+    draws = defaultdict(set)
+    for run in found:
+        draws[run.row, run.cell, run.trial_seed].add(run.hparams_seed)
+    several = sorted({len(seeds) for seeds in draws.values() if len(seeds) > 1})
+    single = [run for run in found if len(draws[run.row, run.cell, run.trial_seed]) == 1]
+    notes = [f"the best of {_span(several)} draws of the hparams per trial (search)"] if several else []
+    if single:
+        name = "trial_seed" if len({run.trial_seed for run in single}) > 1 else "seed"
+        seeds = sorted({getattr(run, name) for run in single})
+        listed = f"{name} {', '.join(map(str, seeds))}" if len(seeds) <= MOST_SEEDS else f"{len(seeds)} {name}s"
+        notes.append(f"one draw of the hparams, {listed} (fixed or refit)")
+    return [f"Protocol: {'; for other lines '.join(notes)}."] if notes else []
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def group_tables(records: Iterable[Record]) -> list[Table]:
     """A table of the accuracies over groups on the test environments for each group-aware criterion.
 
-    Each dataset has the columns of METRICS; adjusted AA and group mean only where some of its runs has them. Empty
-    text without groups.
+    Each dataset has the columns of METRICS; adjusted AA and group mean only where some of its runs has them. None
+    without groups.
     """
-    grouped = [record for record in records if keys.has_groups(record)]
-    if not grouped:
-        return ""
-    text = "".join(_group_table(grouped, criterion, latex) for criterion in CRITERIA)
-    return document(text, "Average and worst-group accuracy", f"Total records: {len(grouped)}") if latex else text
+    by_run = runs(record for record in records if keys.has_groups(record))
+    return [_group_table(by_run, criterion) for criterion in CRITERIA] if by_run else []
 
 
-def _group_table(records: Sequence[Record], criterion: str, latex: bool) -> str:
-    met = meeting(runs(records))
+def _group_table(by_run: Mapping[Run, Sequence[Record]], criterion: str) -> Table:
+    met = meeting(by_run)
     names, titles = row_names(met.values(), partition=False), cell_titles(met)
-    trials = trials_of(choose(records, criterion), names)
+    chosen = choose([record for checkpoints in by_run.values() for record in checkpoints], criterion)
+    trials = trials_of(chosen, names)
     shown = [(cell, metric) for cell in titles for metric in METRICS if _is_shown(metric, cell, trials)]
-    lines = {
-        line: [_values(metric, trials.get((line, cell), [])) for cell, metric in shown] for line in lines_of(names)
-    }
-    title = "Average (AA) and worst-group (WGA) accuracy, model selection: "
-    title += f"{CRITERION_TITLES[criterion]} on validation"
-    notes = [note for metric, note in METRIC_NOTES.items() if any(metric == other for _, other in shown)]
-    header = [f"{titles[cell]} {metric}" for cell, metric in shown]
     most = max(map(len, trials.values()), default=0)
-    return _own_table(title, notes + budget_notes(names), header, lines, most, latex)
+    rows = [
+        [
+            *line_cells(line),
+            *(mean_cell(_values(metric, trials.get((line, cell), [])), most) for cell, metric in shown),
+        ]
+        for line in lines_of(names)
+    ]
+    title = f"Average (AA) and worst-group (WGA) accuracy, {selected_by(criterion)}"
+    notes = [note for metric, note in METRIC_NOTES.items() if any(metric == other for _, other in shown)]
+    header = [*LINE_HEADER, *(f"{titles[cell]} {metric}" for cell, metric in shown)]
+    return Table(title, [percent_note(most), *protocol_notes(by_run), *notes, *budget_notes(names)], header, rows)
+
+
+def selected_by(criterion: str) -> str:
+    """How a title says it."""
+    return f"model selection: {CRITERION_TITLES[criterion]} on validation"
 
 
 def cell_titles(cells: Iterable[Cell]) -> dict[Cell, str]:
@@ -176,34 +198,36 @@ def _is_shown(metric: str, cell: Cell, trials: Mapping[tuple[Line, Cell], Sequen
 
 
 def several_test_envs_tables(
-    records: Iterable[Record],
-    method: type[IIDAccuracySelectionMethod] = IIDAccuracySelectionMethod,
-    latex: bool = False,
-) -> str:
+    records: Iterable[Record], method: type[IIDAccuracySelectionMethod] = IIDAccuracySelectionMethod
+) -> list[Table]:
     """A table for each dataset and set of several test environments: the accuracy on each of them, and their mean.
 
     The runs are those of ``model_selection.with_several_test_envs``, as where a method trains on one domain and is
-    tested on every other. Empty text without such runs.
+    tested on every other.
     """
     several = with_several_test_envs(records)
-    if not several:
-        return ""
-    met = meeting(runs(several))
+    by_run = runs(several)
+    met = meeting(by_run)
     names = row_names(met.values(), partition=False)
-    trials = trials_of(choose_by_accuracy(several, method), names)
-    text = ""
+    trials = trials_of(choose_by_accuracy(several, method), names) if several else {}
+    found = []
     for cell in ordered(met):
         chosen = {line: trials.get((line, cell), []) for line in lines_of({row: names[row] for row in met[cell]})}
-        lines = {
-            line: [*([c.test[env] for c in some] for env in cell[1]), [c.mean for c in some]]
+        most = max(map(len, chosen.values()))
+        rows = [
+            [
+                *line_cells(line),
+                *(mean_cell([c.test[env] for c in some], most) for env in cell[1]),
+                mean_cell([c.mean for c in some], most),
+            ]
             for line, some in chosen.items()
-        }
+        ]
         trained, tested = _environments(cell, several)
         title = f"{cell[0]}, trained on {', '.join(trained)}, tested on {', '.join(tested)}: accuracy"
         title += f", model selection: {method.name}"
-        most = max(map(len, chosen.values()))
-        text += _own_table(title, budget_notes(met[cell]), [*tested, "Mean"], lines, most, latex)
-    return document(text, "Several test environments", f"Total records: {len(several)}") if latex else text
+        notes = [*protocol_notes(run for run in by_run if run.cell == cell), *budget_notes(met[cell])]
+        found.append(Table(title, [percent_note(most), *notes], [*LINE_HEADER, *tested, "Mean"], rows))
+    return found
 
 
 def _environments(cell: Cell, records: Iterable[Record]) -> tuple[list[str], list[str]]:

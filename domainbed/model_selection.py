@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -37,7 +37,12 @@ def _accs(record: Record, val_keys: Sequence[str], test_key: str) -> Accs | None
     """Mean of the validation keys and the test key; None where the record lacks one of them."""
     if not val_keys or any(key not in record for key in (*val_keys, test_key)):
         return None
-    return {"val_acc": float(np.mean([record[key] for key in val_keys])), "test_acc": record[test_key]}
+    return {"val_acc": mean_acc([record[key] for key in val_keys]), "test_acc": record[test_key]}
+
+
+def mean_acc(values: Sequence[float]) -> float:
+    """The mean, rounded as DomainBed's is."""
+    return float(np.mean(values))
 
 
 def _present(accs: Iterable[Any], records: Sequence[Record]) -> list[Any]:
@@ -47,14 +52,25 @@ def _present(accs: Iterable[Any], records: Sequence[Record]) -> list[Any]:
     if len(present) < len(found):
         args = records[0]["args"]
         name = f"{args['algorithm']}, {args['dataset']}, test_envs {args['test_envs']}, seed {args.get('seed')}"
-        message = "left out %d of %d checkpoints of a run (%s): they lack an accuracy that its selection needs"
-        logger.warning(message, len(found) - len(present), len(found), name)
+        warn_lacking(len(found) - len(present), len(found), name)
     return present
+
+
+def warn_lacking(lacking: int, total: int, run: str) -> None:
+    """Says that some checkpoints of a run can't be chosen."""
+    message = "left out %d of %d checkpoints of a run (%s): they lack an accuracy that its selection needs"
+    logger.warning(message, lacking, total, run)
 
 
 def _val_acc(acc: Accs) -> float:
     """The validation accuracy as something to maximise: NaN is worse than every number."""
     return float("-inf") if math.isnan(acc["val_acc"]) else acc["val_acc"]
+
+
+def chosen_acc(judged: Mapping[Any, Accs]) -> float | None:
+    """Test accuracy of the draw with the best validation; ties: the larger hparams seed, the key; NaN last."""
+    best = max(judged, key=lambda draw: (_val_acc(judged[draw]), draw), default=None)
+    return None if best is None else judged[best]["test_acc"]
 
 
 class SelectionMethod:
@@ -106,11 +122,16 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     @classmethod
     def _step_acc(cls, record: Record) -> Accs | None:
         (test_env,) = record["args"]["test_envs"]
+        return _accs(record, cls.val_keys(record), cls.test_key(test_env))
+
+    @classmethod
+    def val_keys(cls, record: Record) -> list[str]:
+        """The record keys of what validates a run with one test environment."""
         official = validation_envs(record["args"]["dataset"])
-        val_keys = [keys.acc_key(env, "in") for env in official]
-        if not official:
-            val_keys = [keys.acc_key(env, "out") for env in _held_out(record) if env != test_env]
-        return _accs(record, val_keys, cls.test_key(test_env))
+        if official:
+            return [keys.acc_key(env, "in") for env in official]
+        (test_env,) = record["args"]["test_envs"]
+        return [keys.acc_key(env, "out") for env in _held_out(record) if env != test_env]
 
     @classmethod
     def test_key(cls, test_env: int) -> str:
@@ -245,9 +266,13 @@ def with_several_test_envs(records: Iterable[Record]) -> list[Record]:
     a single test environment; one with three or more always is.
     """
     by_run = runs(records)
-    single = {(run.row, run.dataset) for run in by_run if len(run.test_envs) == 1}
-    several = [run for run in by_run if len(run.test_envs) >= (3 if (run.row, run.dataset) in single else 2)]
-    return [record for run in several for record in by_run[run]]
+    return [record for run in several_test_envs(by_run) for record in by_run[run]]
+
+
+def several_test_envs(found: Collection[Run]) -> list[Run]:
+    """Those of the runs whose records are in ``with_several_test_envs``."""
+    single = {(run.row, run.dataset) for run in found if len(run.test_envs) == 1}
+    return [run for run in found if len(run.test_envs) >= (3 if (run.row, run.dataset) in single else 2)]
 
 
 def choose_by_accuracy(
@@ -336,7 +361,10 @@ def choose_oracle(records: Iterable[Record]) -> list[Choice]:
 
     def judge(run: Run, replicate: int, record: Record) -> Choice | None:
         choice = _judge(run, replicate, record, keys.aa_wga)
-        return choice and replace(choice, score=keys.aa_wga(*choice.test))
+        if choice is None:
+            return None
+        score = keys.aa_wga(*choice.test)
+        return replace(choice, score=float("-inf") if math.isnan(score) else score)
 
     return _best(by_run, judge)
 

@@ -1,4 +1,4 @@
-"""Statistics of paired numbers: the mean difference with a t interval, two tests, Holm's correction for many tests.
+"""Statistics of paired numbers: the mean difference with its intervals, two tests, Holm's correction for many tests.
 
 Written out, since ``scipy.stats`` takes a second to import; only Student's t is SciPy's.
 """
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.95  # of the intervals
+from domainbed.intervals import TOLERANCE, bootstrap_interval, t_interval
+
 LEAST_FOR_SIGNED_RANKS = 6  # with five pairs, signed ranks can't give p below 2 / 2^5 = .0625
-TOLERANCE = 1e-12  # differences that are closer than that are the same: what rounding leaves of fractions
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Difference:
         t_p: two-sided p of the paired t-test; None like the interval.
         signed_rank_p: two-sided p of Wilcoxon's signed-rank test; None with fewer than LEAST_FOR_SIGNED_RANKS pairs,
             or if nothing differs.
+        bootstrap: percentile bootstrap interval for the mean, with a fixed seed; None like the t interval.
     """
 
     n: int
@@ -33,6 +34,7 @@ class Difference:
     constant: bool
     t_p: float | None
     signed_rank_p: float | None
+    bootstrap: tuple[float, float] | None = None
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -40,19 +42,19 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
     Source: Student, The probable error of a mean, Biometrika 6 (1908); the t-test on the differences.
     """
-    from scipy.special import stdtr, stdtrit  # quantiles and tails of Student's t
+    from scipy.special import stdtr  # tails of Student's t
 
     assert len(first) == len(second) > 0
     differences = np.subtract(first, second)  # (n,)
     n, mean = len(differences), float(differences.mean())
     constant = n > 1 and float(np.ptp(differences)) <= TOLERANCE
     signed_rank_p = signed_ranks(differences.tolist()) if n >= LEAST_FOR_SIGNED_RANKS else None
-    if n == 1 or constant:
+    interval = t_interval(differences.tolist())
+    if interval is None:
         return Difference(n, mean, None, constant, None, signed_rank_p)
-    error = float(differences.std(ddof=1)) / n**0.5
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * error
-    t_p = 2 * float(stdtr(n - 1, -abs(mean) / error))
-    return Difference(n, mean, (mean - half, mean + half), False, t_p, signed_rank_p)
+    t = -abs(mean) / (float(differences.std(ddof=1)) / n**0.5)
+    bootstrap = bootstrap_interval(differences.tolist())
+    return Difference(n, mean, interval, False, 2 * float(stdtr(n - 1, t)), signed_rank_p, bootstrap)
 
 
 def signed_ranks(differences: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from domainbed import registry
 from domainbed.rows import Row, meeting, row_names, runs
-from domainbed.tables import wide_table
+from domainbed.table_formats import Table, render
 
 Args = Mapping[str, Any]
 
@@ -117,13 +117,8 @@ def table(several: Sequence[Kind]) -> str:
     lines: dict[tuple[str, str], list[Kind]] = {}
     for kind, name in zip(several, names(several), strict=True):
         lines.setdefault((name, kind.args["dataset"]), []).append(kind)
-    return wide_table(
-        "Plan",
-        ["Means over the jobs of a line."],
-        _HEADER,
-        [[*place, *_cells(some)] for place, some in lines.items()],
-        False,
-    )
+    rows = [[*place, *_cells(some)] for place, some in lines.items()]
+    return render([Table("Plan", ["Means over the jobs of a line."], _HEADER, rows)], "text")
 
 
 def _cells(some: Sequence[Kind]) -> list[str]:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 NOT_ROW = {
     "seed", "hparams_seed", "trial_seed", "dataset", "test_envs", "data_dir", "output_dir",
     "eval_splits", "explain", "keep_best", "skip_model_save", "save_model_every_checkpoint", "overwrite",
-    "save_every_s",
+    "save_every_s", "log_to",
 }  # fmt: skip
 NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.
@@ -73,6 +73,13 @@ class Row:
     partition: str
     label: str | None = None
     extras: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.algorithm, self.partition, self.label, self.extras))
+
+    def __hash__(self) -> int:
+        return self._hash  # rows are looked up for every run of a sweep
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Row":

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from domainbed import messages
+from domainbed import messages, table_formats
 from domainbed import records as keys
 from domainbed.group_tables import (
-    CRITERION_TITLES,
     LINE_HEADER,
     Line,
     budget_notes,
@@ -17,12 +16,15 @@ from domainbed.group_tables import (
     lines_of,
     mean_cell,
     percent_note,
+    protocol_notes,
+    selected_by,
     trials_of,
 )
 from domainbed.model_selection import Choice, choose, validation_envs
 from domainbed.pairs import is_control
 from domainbed.rows import Cell, meeting, row_names, runs
-from domainbed.tables import document, environment_names, escape, wide_table
+from domainbed.table_formats import Table, marked
+from domainbed.tables import environment_names
 
 Record = Mapping[str, Any]
 Place = tuple[Line, Cell]
@@ -30,13 +32,12 @@ Place = tuple[Line, Cell]
 CRITERION = "aa_wga"  # the paper's
 FINALISTS = 3
 SPLITS_NOTE = (
-    "Train: in-splits of the training environments; Val: the splits that validate; each pooled over environments. "
-    "*: the best of its column."
+    "Train: in-splits of the training environments; Val: the splits that validate; each pooled over environments."
 )
 
 
-def screening_table(records: Iterable[Record], latex: bool = False) -> str:
-    """WGA on training and validation images of each row and dataset, with no look at test environments.
+def screening_tables(records: Iterable[Record]) -> list[Table]:
+    """WGA on training and validation images of each row and dataset, with no look at test environments: one table.
 
     Below it stand the best three algorithms of each dataset by validation WGA: each counts once, with its best row,
     and rows whose penalty is switched off don't count.
@@ -51,20 +52,18 @@ def screening_table(records: Iterable[Record], latex: bool = False) -> str:
         raise ValueError(
             "a screening goes by worst-group accuracy, but no record has groups; sweep datasets with confounders"
         )
-    met = meeting(runs(grouped))
+    by_run = runs(grouped)
+    met = meeting(by_run)
     names, titles = row_names(met.values(), partition=False), cell_titles(met)
     trials = trials_of(choose(grouped, CRITERION), names)
     most = max(map(len, trials.values()), default=0)
     train = _train_wga(trials, {cell: _trained_on(cell, grouped) for cell in titles})
-    body = [line_cells(line) for line in lines_of(names)]
-    for cell in titles:
-        columns = _columns(cell, lines_of(names), trials, train, most)
-        body = [[*row, *cells] for row, cells in zip(body, columns, strict=True)]
+    lines = lines_of(names)
+    columns = [column for cell in titles for column in _columns(cell, lines, trials, train, most)]
+    rows = [[*line_cells(line), *cells] for line, *cells in zip(lines, *columns, strict=True)]
     header = [*LINE_HEADER, *(f"{title} {split} WGA" for title in titles.values() for split in ("Train", "Val"))]
-    title = f"Screening, model selection: {CRITERION_TITLES[CRITERION]} on validation"
-    notes = [percent_note(most), SPLITS_NOTE, *budget_notes(names)]
-    text = wide_table(title, notes, header, body, latex) + _finalists(titles, lines_of(names), trials, latex)
-    return document(text, "Screening", f"Total records: {len(grouped)}") if latex else text
+    notes = [percent_note(most), *protocol_notes(by_run), SPLITS_NOTE, *budget_notes(names)]
+    return [Table(f"Screening, {selected_by(CRITERION)}", notes, header, rows, _finalists(titles, lines, trials))]
 
 
 def _trained_on(cell: Cell, records: Iterable[Record]) -> list[int]:
@@ -101,22 +100,18 @@ def _columns(
     trials: Mapping[Place, Sequence[Choice]],
     train: Mapping[Place, Sequence[float]],
     most: int,
-) -> list[tuple[str, str]]:
-    """Train WGA and Val WGA of each line."""
-    val = {line: [choice.validation.wga for choice in trials.get((line, cell), [])] for line in lines}
-    best = max((np.mean(wga) for wga in val.values() if wga), default=None)
+) -> list[list[table_formats.Cell | str]]:
+    """Train WGA and Val WGA of the lines; the best of the latter are marked."""
+    val = [[choice.validation.wga for choice in trials.get((line, cell), [])] for line in lines]
     return [
-        (
-            mean_cell(train.get((line, cell), []), most),
-            mean_cell(wga, most) + (" *" if wga and np.mean(wga) == best else ""),
-        )
-        for line, wga in val.items()
+        [mean_cell(train.get((line, cell), []), most) for line in lines],
+        marked([mean_cell(wga, most) for wga in val]),
     ]
 
 
 def _finalists(
-    titles: Mapping[Cell, str], lines: Sequence[Line], trials: Mapping[Place, Sequence[Choice]], latex: bool
-) -> str:
+    titles: Mapping[Cell, str], lines: Sequence[Line], trials: Mapping[Place, Sequence[Choice]]
+) -> list[str]:
     """A sentence for each dataset: its best algorithms, each with its best row."""
     sentences = []
     for cell, title in titles.items():
@@ -127,7 +122,7 @@ def _finalists(
         finalists = sorted(best.values(), key=ranked.index)[:FINALISTS]
         words = [f"{_described(line)} {100 * _val_wga(chosen):.1f}" for line, chosen in finalists]
         sentences.append(f"{title}: best algorithms by Val WGA: {', '.join(words)}")
-    return "".join(f"\n{escape(sentence)}\n" if latex else f"{sentence}\n" for sentence in sentences)
+    return sentences
 
 
 def _described(line: Line) -> str:

@@ -1,6 +1,8 @@
-"""Records -> text: how any table is laid out, and DomainBed's tables."""
+"""Records -> DomainBed's tables, as text and as data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,51 +13,11 @@ from domainbed.console import format_row
 from domainbed.lib.query import Q
 from domainbed.lib.reporting import get_grouped_records
 from domainbed.model_selection import SelectionMethod
-from domainbed.rows import declared, for_domainbed
+from domainbed.rows import Run, declared, for_domainbed, meeting, replicates, row_names
+from domainbed.run_index import Collected
+from domainbed.table_formats import LATEX_PLUS_MINUS, MISSING, Cell, Table, document, escape, tabular
 
 Record = Mapping[str, Any]
-
-MISSING = "X"
-LATEX_PLUS_MINUS = r"$\pm$"
-LATEX_SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\~{}",
-    "^": r"\^{}",
-    "<": "$<$",
-    "±": LATEX_PLUS_MINUS,
-}
-
-
-def escape(text: object) -> str:
-    """The text as LaTeX shows it."""
-    return "".join(LATEX_SPECIAL.get(character, character) for character in str(text))
-
-
-def document(body: str, title: str, comment: str) -> str:
-    """A LaTeX file that compiles as it is."""
-    head = [r"\documentclass{article}", r"\usepackage{booktabs}", r"\usepackage{adjustbox}", r"\begin{document}"]
-    return "\n".join([*head, rf"\section{{{title}}}", f"% {comment}", body + r"\end{document}", ""])
-
-
-def _latex_line(cells: Iterable[object], colwidth: int) -> str:
-    """As ``console.format_row``, but no cell is cut, which could lose a brace."""
-    return " & ".join(str(cell).ljust(colwidth) for cell in cells) + " \\\\"
-
-
-def _tabular(header: Sequence[str], body: Sequence[Sequence[str]], colwidth: int) -> list[str]:
-    """A LaTeX table scaled to the page; the body's first column holds plain text, the others LaTeX."""
-    return [
-        r"\begin{center}",
-        r"\adjustbox{max width=\textwidth}{%",
-        rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}",
-        r"\toprule",
-        _latex_line([rf"\textbf{{{escape(label)}}}" for label in header], colwidth),
-        r"\midrule",
-        *(_latex_line([escape(label), *cells], colwidth) for label, *cells in body),
-        r"\bottomrule",
-        r"\end{tabular}}",
-        r"\end{center}",
-    ]
 
 
 def table_text(
@@ -76,28 +38,10 @@ def table_text(
     """
     body = [[label, *row] for label, row in zip(row_labels, table, strict=True)]
     if latex:
-        lines = _tabular(list(col_labels), body, colwidth)
+        lines = tabular(list(col_labels), body, colwidth)
     else:
         lines = [f"-------- {header_text}", *(format_row(row, colwidth) for row in [col_labels, *body])]
     return "\n".join(["", *lines, ""])
-
-
-def wide_table(
-    title: str, notes: Iterable[str], header: Sequence[str], body: Iterable[Sequence[str]], latex: bool
-) -> str:
-    """A table with columns as wide as they need, under its title and sentences on what its numbers are.
-
-    Args:
-        body: the cells as plain text.
-    """
-    if latex:
-        cells = [[label, *map(escape, others)] for label, *others in body]
-        width = max(map(len, [*header, *(cell for row in cells for cell in row)]))
-        return "\n".join(["", escape(" ".join([f"{title}.", *notes])), *_tabular(header, cells, width), ""])
-    rows = [header, *body]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(["", f"-------- {title}", *notes, *lines, ""])
 
 
 def format_mean(data: Iterable[float], latex: bool) -> tuple[float | None, float | None, str]:
@@ -123,13 +67,17 @@ def in_order(package: str, present: Iterable[str]) -> list[str]:
 
 def environment_names(dataset: str, records: Iterable[Record]) -> Sequence[str]:
     """Of all environments; a dataset without a class has env0, env1, ... as far as its records know environments."""
-    names: Sequence[str] | None = registry.domainbed_environments(dataset)
-    names = names or declared("datasets", dataset, "ENVIRONMENTS")
+    names = _declared_names(dataset)
     if names is not None:
         return names
     own = [record for record in records if record["args"]["dataset"] == dataset]
     known = [env for record in own for split in ("in", "out") for env in keys.environments(record, split)]
     return [f"env{env}" for env in range(max(known, default=-1) + 1)]
+
+
+def _declared_names(dataset: str) -> Sequence[str] | None:
+    names: Sequence[str] | None = registry.domainbed_environments(dataset)
+    return names or declared("datasets", dataset, "ENVIRONMENTS")
 
 
 def columns(dataset: str, records: Iterable[Record]) -> dict[int, str]:
@@ -138,24 +86,87 @@ def columns(dataset: str, records: Iterable[Record]) -> dict[int, str]:
     All environments of DomainBed's datasets, and of others without TEST_ENVS; else these and what else was tested on.
     """
     own = [record for record in records if record["args"]["dataset"] == dataset]
-    names = environment_names(dataset, own)
+    tested = {env for record in own for env in record["args"]["test_envs"]}
+    return _columns(dataset, environment_names(dataset, own), tested)
+
+
+def _columns(dataset: str, names: Sequence[str], tested: Iterable[int]) -> dict[int, str]:
     whole = registry.domainbed_environments(dataset) is not None  # DomainBed's tables have a column for each
     shown = None if whole else declared("datasets", dataset, "TEST_ENVS")
-    tested = sorted({env for record in own for env in record["args"]["test_envs"]})
-    envs = dict.fromkeys([*(range(len(names)) if shown is None else shown), *tested])
+    envs = dict.fromkeys([*(range(len(names)) if shown is None else shown), *sorted(tested)])
     return {env: names[env] if env < len(names) else f"env{env}" for env in envs}
 
 
 Accs = dict[tuple[str, str], dict[Any, dict[int, float]]]  # (row name, dataset) -> trial -> test environment -> acc
+Place = tuple[Any, str, str, int]  # trial, dataset, row name, test environment
 
 
-def _sweep_accs(records: Q, method: type[SelectionMethod]) -> Accs:
+@dataclass(frozen=True)
+class _Results:
+    """What DomainBed's tables are made of.
+
+    Attributes:
+        total: number of records.
+        names: of the lines, in order.
+        columns: of each dataset, in order: test environments and their names.
+        accs: the chosen accuracies by a selection method.
+    """
+
+    total: int
+    names: Sequence[str]
+    columns: Mapping[str, Mapping[int, str]]
+    accs: Callable[[type[SelectionMethod]], Accs]
+
+
+def _results(source: Iterable[Record] | Collected) -> _Results:
+    return _of_collected(source) if isinstance(source, Collected) else _of_records(source)
+
+
+def _of_records(records: Iterable[Record]) -> _Results:
+    renamed, algorithms = for_domainbed(records)
+    datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
+    groups = {
+        (group["trial_seed"], group["dataset"], group["algorithm"], group["test_env"]): group["records"]
+        for group in get_grouped_records(Q(renamed))
+    }
+    shown = {dataset: columns(dataset, renamed) for dataset in datasets}
+    return _Results(
+        len(renamed),
+        line_names(algorithms),
+        shown,
+        lambda method: _by_line(((place, method.sweep_acc(group)) for place, group in groups.items())),
+    )
+
+
+def _of_collected(collected: Collected) -> _Results:
+    """As of all records, of which few are looked at: mostly each run's own choice is known."""
+    names, replicate = row_names(meeting(collected.runs).values()), replicates(collected.runs)
+    groups: dict[Place, list[Run]] = defaultdict(list)
+    tested: dict[str, set[int]] = defaultdict(set)
+    for run in collected.runs:
+        tested[run.dataset].update(run.test_envs)
+        for env in run.test_envs:
+            groups[(run.trial_seed, replicate[run]), run.dataset, names[run.row], env].append(run)
+    shown = {}
+    for dataset in in_order("datasets", tested):
+        own = _declared_names(dataset)
+        if own is None:
+            own = environment_names(dataset, collected.load(run for run in collected.runs if run.dataset == dataset))
+        shown[dataset] = _columns(dataset, own, tested[dataset])
+    places = sorted(groups)
+    return _Results(
+        collected.total,
+        line_names({names[run.row]: run.row.algorithm for run in collected.runs}),
+        shown,
+        lambda method: _by_line((place, collected.sweep_acc(method, groups[place])) for place in places),
+    )
+
+
+def _by_line(found: Iterable[tuple[Place, float | None]]) -> Accs:
     accs: Accs = {}
-    for group in get_grouped_records(records):
-        acc = method.sweep_acc(group["records"])
+    for (trial, dataset, name, env), acc in found:
         if acc is not None:
-            trials = accs.setdefault((group["algorithm"], group["dataset"]), {})
-            trials.setdefault(group["trial_seed"], {})[group["test_env"]] = acc
+            accs.setdefault((name, dataset), {}).setdefault(trial, {})[env] = acc
     return accs
 
 
@@ -183,40 +194,84 @@ def line_names(algorithms: Mapping[str, str]) -> list[str]:
     return sorted(algorithms, key=lambda name: (rank[algorithms[name]], name != algorithms[name], name))
 
 
-def results_tables(records: Iterable[Record], method: type[SelectionMethod], latex: bool) -> str:
+def results_tables(records: Iterable[Record] | Collected, method: type[SelectionMethod], latex: bool) -> str:
     """DomainBed's tables of one selection method: one per dataset, then the averages.
 
     Lines are rows (``rows.row_names``), so that runs with other settings are never averaged together.
     """
-    return _method_tables(*for_domainbed(records), method, latex)
+    return _method_tables(_results(records), method, latex)
 
 
-def _method_tables(
-    renamed: Sequence[Record], algorithms: Mapping[str, str], method: type[SelectionMethod], latex: bool
-) -> str:
-    """``results_tables`` of records whose rows are named already (``rows.for_domainbed``)."""
-    names = line_names(algorithms)
-    datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
-    accs = _sweep_accs(Q(renamed), method)
+def _method_tables(results: _Results, method: type[SelectionMethod], latex: bool) -> str:
+    accs, names = results.accs(method), results.names
     text = ""
-    for dataset in datasets:
-        envs = columns(dataset, renamed)
+    for dataset, envs in results.columns.items():
         text += f"\n\\subsubsection{{{escape(dataset)}}}\n" if latex else ""
         header = f"Dataset: {dataset}, model selection method: {method.name}"
         cells = _dataset_rows(accs, names, dataset, envs, latex)
         text += table_text(cells, header, names, ["Algorithm", *envs.values(), "Avg"], 20, latex)
     text += "\n\\subsubsection{Averages}\n" if latex else ""
     header = f"Averages, model selection method: {method.name}"
-    averages = _average_rows(accs, names, datasets, latex)
-    return text + table_text(averages, header, names, ["Algorithm", *datasets, "Avg"], 25, latex)
+    averages = _average_rows(accs, names, [*results.columns], latex)
+    return text + table_text(averages, header, names, ["Algorithm", *results.columns, "Avg"], 25, latex)
 
 
-def domainbed_tables(records: Iterable[Record], methods: Iterable[type[SelectionMethod]], latex: bool) -> str:
+def domainbed_tables(
+    records: Iterable[Record] | Collected, methods: Iterable[type[SelectionMethod]], latex: bool
+) -> str:
     """All that DomainBed's collector prints: the number of records, then the tables of each method."""
-    renamed, algorithms = for_domainbed(records)
-    count = f"Total records: {len(renamed)}"
-    tables = {method.name: _method_tables(renamed, algorithms, method, latex) for method in methods}
+    results = _results(records)
+    count = f"Total records: {results.total}"
+    tables = {method.name: _method_tables(results, method, latex) for method in methods}
     if not latex:
         return f"{count}\n" + "".join(tables.values())
     body = "".join(f"\n\\subsection{{Model selection: {name}}}\n{text}" for name, text in tables.items())
     return document(body, "Full DomainBed results", count)
+
+
+DATA_NOTE = "Percent; mean and standard error (population sd over the root of n, as DomainBed has it) over n trials."
+
+
+def domainbed_data(records: Iterable[Record] | Collected, methods: Iterable[type[SelectionMethod]]) -> list[Table]:
+    """The tables of ``domainbed_tables`` with their numbers, for other formats than text and LaTeX."""
+    results = _results(records)
+    names, found = results.names, []
+    for method in methods:
+        accs = results.accs(method)
+        for dataset, envs in results.columns.items():
+            trials = [accs.get((name, dataset), {}).values() for name in names]
+            body = [[[trial[env] for trial in some if env in trial] for env in envs] for some in trials]
+            found.append(_data_table(f"Dataset: {dataset}", method, names, [*envs.values()], body))
+        trials_of = [[accs.get((name, dataset), {}).values() for dataset in results.columns] for name in names]
+        body = [[[float(np.mean(list(trial.values()))) for trial in some] for some in row] for row in trials_of]
+        found.append(_data_table("Averages", method, names, [*results.columns], body))
+    return found
+
+
+def _data_table(
+    title: str,
+    method: type[SelectionMethod],
+    names: Sequence[str],
+    labels: Sequence[str],
+    body: Sequence[Sequence[Sequence[float]]],
+) -> Table:
+    """A table of the accuracies of each line, column and trial."""
+    rows = []
+    for name, trials in zip(names, body, strict=True):
+        means = [format_mean(accs, latex=False)[0] for accs in trials]
+        rows.append([name, *map(_data_cell, trials), _average_cell(means)])
+    header = ["Algorithm", *labels, "Avg"]
+    return Table(f"{title}, model selection method: {method.name}", [DATA_NOTE], header, rows)
+
+
+def _data_cell(accs: Sequence[float]) -> Cell | str:
+    mean, error, text = format_mean(accs, latex=False)
+    if mean is None or error is None:
+        return MISSING
+    return Cell(text, {"mean": mean / 100, "standard error": error / 100, "n": len(accs)})
+
+
+def _average_cell(means: Sequence[float | None]) -> Cell | str:
+    text = _row_average(means)
+    known = [mean for mean in means if mean is not None]
+    return MISSING if text == MISSING else Cell(text, {"mean": float(np.mean(known)) / 100})

@@ -28,7 +28,7 @@ LAYERS = [
     ["lib.reporting"], ["holders"], ["claims"], ["run_directory"], ["states"], ["state_trees"],
     ["snapshots"], ["training"], ["rows"], ["model_selection"], ["condensing"], ["run_index"], ["pairs"], ["tables"],
     ["group_tables"], ["paper_tables", "efficiency_tables", "selection_tables", "rank_tables", "per_group_tables"],
-    ["control_tables", "screening_tables", "explanation_tables", "figures", "record_figures"], ["sweep_rows"], ["commands"], ["jobs"],
+    ["control_tables", "screening_tables", "explanation_tables", "figures", "curve_figures", "record_figures"], ["sweep_rows"], ["commands"], ["jobs"],
     ["refit"], ["job_lists"], ["status_tables", "plans"], ["children", "fork_server"], ["pool"], ["slurm_tasks"],
     ["slurm"], ["command_launchers"], ["saved_models"], ["predictors"], ["report"],
     ["scripts"], ["api"],
@@ -113,7 +113,7 @@ def modules_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize("script", ["sweep", "collect_results"])
+@pytest.mark.parametrize("script", ["sweep", "collect_results", "report"])
 def test_scripts_that_only_read_files_do_not_import_torch(script: str) -> None:
     assert "torch" not in modules_after(f"import domainbed.scripts.{script}")
 

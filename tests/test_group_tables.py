@@ -1,7 +1,18 @@
 import re
 
+import pytest
+
 from domainbed import group_tables, registry
-from domainbed.rows import for_domainbed
+from domainbed.rows import Run, for_domainbed
+from domainbed.table_formats import render
+
+
+def group_text(records, format="text"):
+    return render(group_tables.group_tables(records), format)
+
+
+def several_text(records):
+    return render(group_tables.several_test_envs_tables(records), "text")
 
 
 def record(dataset, test_envs, step=0, trial_seed=0, hparams_seed=0, algorithm="ERM", seed=0, args=(), **values):
@@ -42,6 +53,7 @@ GROUPED_TEXT = [
     "-------- Average (AA) and worst-group (WGA) accuracy, model selection: (AA + WGA) / 2 on validation",
     "Percent; mean ± sample sd (ddof 1) over 3 seeds; (n=...) where fewer; X: none."
     " Rows with unfinished runs are counted as they are.",
+    "Protocol: one draw of the hparams, trial_seed 0, 1, 2 (fixed or refit).",
     "Algorithm                      Sampling       ColoredMNIST AA   ColoredMNIST WGA   Cats AA      Cats WGA",
     "ERM                            Uniform Env.   60.0 ± 10.0       20.0 ± 17.3        X            X",
     "ERM                            Uniform Group  80.0 ± 0.0 (n=2)  60.0 ± 14.1 (n=2)  X            X",
@@ -64,6 +76,7 @@ ADJUSTED_TEXT = [
     "-------- Average (AA) and worst-group (WGA) accuracy, model selection: (AA + WGA) / 2 on validation",
     "Percent; mean ± sample sd (ddof 1) over 2 seeds; (n=...) where fewer; X: none."
     " Rows with unfinished runs are counted as they are.",
+    "Protocol: one draw of the hparams, trial_seed 0, 1 (fixed or refit).",
     "adjusted AA: groups weighted by their shares of each run's training images.",
     "group mean: non-empty groups weighted equally.",
     "Algorithm  Sampling      Debug28 AA  Debug28 WGA  ColoredMNIST AA  ColoredMNIST adjusted AA"
@@ -95,6 +108,7 @@ SEVERAL_TEXT = [
     "-------- VLCS, trained on V, tested on C, L, S: accuracy, model selection: training-domain validation set",
     "Percent; mean ± sample sd (ddof 1) over 3 seeds; (n=...) where fewer; X: none."
     " Rows with unfinished runs are counted as they are.",
+    "Protocol: one draw of the hparams, trial_seed 0, 1, 2 (fixed or refit).",
     "Algorithm  Sampling      C            L           S            Mean",
     "ERM        Uniform Env.  80.0 ± 10.0  60.0 ± 0.0  40.0 ± 10.0  60.0 ± 0.0",
     "IRM        Random        95.0 (n=1)   65.0 (n=1)  50.0 (n=1)   70.0 (n=1)",
@@ -102,6 +116,7 @@ SEVERAL_TEXT = [
     "",
     "-------- PACS, trained on A, P, tested on C, S: accuracy, model selection: training-domain validation set",
     "Percent; one seed; (n=...) where fewer; X: none. Rows with unfinished runs are counted as they are.",
+    "Protocol: one draw of the hparams, seed 0 (fixed or refit).",
     "Algorithm  Sampling      C     S     Mean",
     "ERM        Uniform Env.  25.0  75.0  50.0",
     "",
@@ -110,17 +125,14 @@ SEVERAL_TEXT = [
 
 class TestSeveralTestEnvs:
     def test_text_by_hand(self):
-        assert group_tables.several_test_envs_tables(SEVERAL).split("\n") == SEVERAL_TEXT
+        assert several_text(SEVERAL).split("\n") == SEVERAL_TEXT
 
     def test_nothing_where_pairs_serve_leave_one_out(self):
-        assert group_tables.several_test_envs_tables(SEVERAL[-2:]) == ""
-        assert group_tables.several_test_envs_tables(SEVERAL[-2:], latex=True) == ""
+        assert group_tables.several_test_envs_tables(SEVERAL[-2:]) == []
 
     def test_a_dataset_without_a_class_and_a_budget(self):
         values = accuracies([0.5, 0.25, 0], [1, 1, 1])
-        text = group_tables.several_test_envs_tables(
-            [record("Cats", [1, 0], args=[("annotation_budget", 0.5)], **values)],
-        )
+        text = several_text([record("Cats", [1, 0], args=[("annotation_budget", 0.5)], **values)])
         assert "-------- Cats, trained on env2, tested on env0, env1: accuracy" in text
         assert "\nbudget: the share" in text
         assert re.search(r"^ERM budget=0.5 +Uniform Env. +50.0 +25.0 +37.5$", text, re.M)
@@ -130,23 +142,14 @@ class TestSeveralTestEnvs:
         monkeypatch.setattr(
             registry, "attribute", lambda _, name, attribute, default=None: facts.get(attribute, default)
         )
-        text = group_tables.several_test_envs_tables([record("Ours", [2, 3], **accuracies([1, 1, 0.5, 0.25], []))])
+        text = several_text([record("Ours", [2, 3], **accuracies([1, 1, 0.5, 0.25], []))])
         assert "Ours, trained on a, tested on c, d:" in text
         assert text.split("\n")[-2].split() == ["ERM", "Uniform", "Env.", "50.0", "25.0", "37.5"]
-
-    def test_latex_is_a_whole_document(self):
-        text = group_tables.several_test_envs_tables(SEVERAL, latex=True)
-        assert text.startswith("\\documentclass{article}\n")
-        assert text.endswith("\\end{document}\n")
-        assert "validation set. Percent; mean $\\pm$ sample sd" in text
-        assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}}") == 2
-        assert r"80.0 $\pm$ 10.0" in text
-        assert text.isascii()
 
 
 class TestGroupTables:
     def test_text_by_hand(self):
-        first, second = group_tables.group_tables(GROUPED).split("\n\n")
+        first, second = group_text(GROUPED).split("\n\n")
         assert first.split("\n") == GROUPED_TEXT[:-1]
         expected = "\n".join(GROUPED_TEXT[1:]).replace("(AA + WGA) / 2", "WGA")
         assert second == expected
@@ -155,15 +158,15 @@ class TestGroupTables:
         one = record("ColoredMNIST", [2], **groups((0.5, 0.25), env=2))
         both = record("ColoredMNIST", [2, 1], **groups((0.75, 0.5), env=1), **groups((0.25, 0.25), env=2))
         both |= groups((0.5, 0.5), env=2)  # env 0 validates, 1 and 2 are pooled
-        header, line = (re.split(r"  +", row) for row in group_tables.group_tables([one, both]).split("\n")[3:5])
+        header, line = (re.split(r"  +", row) for row in group_text([one, both]).split("\n")[4:6])
         assert header[2:] == [f"ColoredMNIST[{envs}] {m}" for envs in ("1,2", "2") for m in ("AA", "WGA")]
         assert line == ["ERM", "Uniform Env.", "62.5", "50.0", "50.0", "25.0"]
 
     def test_adjusted_average_and_group_mean_by_hand(self):
-        assert group_tables.group_tables(ADJUSTED).split("\n\n")[0].split("\n") == ADJUSTED_TEXT
+        assert group_text(ADJUSTED).split("\n\n")[0].split("\n") == ADJUSTED_TEXT
 
     def test_a_group_mean_alone_needs_no_word_on_adjusting(self):
-        text = group_tables.group_tables(ADJUSTED[-1:])
+        text = group_text(ADJUSTED[-1:])
         assert "Cats AA  Cats group mean  Cats WGA" in text
         assert "adjusted" not in text
 
@@ -172,7 +175,7 @@ class TestGroupTables:
             record("ColoredMNIST", [2], algorithm=name, args=[("annotation_budget", 0.05)], **groups((0.5, 0.25)))
             for name in ("ERM", "GroupDRO")
         ]
-        _, title, _, note, *lines = group_tables.group_tables(records).split("\n\n")[0].split("\n")
+        _, title, _, _, note, *lines = group_text(records).split("\n\n")[0].split("\n")
         assert "WGA" in title
         assert note == (
             "budget: the share of the training images whose confounder labels were kept; 1 where none is stated. "
@@ -182,24 +185,49 @@ class TestGroupTables:
         (first, *_), algorithms = for_domainbed(records)
         assert first["args"]["algorithm"] == "ERM budget=0.05"
         assert set(algorithms) == {"ERM budget=0.05", "GroupDRO budget=0.05"}
-        assert "budget" not in group_tables.group_tables(GROUPED)
+        assert "budget" not in group_text(GROUPED)
 
     def test_one_seed_has_no_spread(self):
-        text = group_tables.group_tables(GROUPED[:1])
+        text = group_text(GROUPED[:1])
         assert "Percent; one seed;" in text
-        assert text.split("\n")[4].split() == ["ERM", "Uniform", "Env.", "50.0", "10.0"]
+        assert text.split("\n")[5].split() == ["ERM", "Uniform", "Env.", "50.0", "10.0"]
 
     def test_nothing_without_groups(self):
-        assert group_tables.group_tables(GROUPED[-1:]) == ""
-        assert group_tables.group_tables(GROUPED[-1:], latex=True) == ""
+        assert group_tables.group_tables(GROUPED[-1:]) == []
 
-    def test_latex_is_a_whole_document_with_balanced_braces(self):
-        text = group_tables.group_tables(GROUPED, latex=True)
-        assert text.startswith("\\documentclass{article}\n")
-        assert text.endswith("\\end{document}\n")
-        assert text.isascii()
-        assert r"Another\_algorithm policy=none" in text
-        assert r"60.0 $\pm$ 10.0" in text
-        bare = re.sub(r"\\[{}]", "", text)
-        assert bare.count("{") == bare.count("}")
-        assert text.count(r"\begin{tabular}{lccccc}") == text.count(r"\end{tabular}}") == 2
+    def test_the_numbers_behind_a_cell(self):
+        (table, _) = group_tables.group_tables(GROUPED)
+        aa, wga = table.rows[0][2:4]
+        assert aa.values == pytest.approx(
+            {"mean": 0.6, "sd": 0.1, "n": 3, "low": 0.6 - 0.2484138, "high": 0.6 + 0.2484138}
+        )
+        assert (aa.interval, wga.interval) == ("[35.2, 84.8]", "[-23.0, 63.0]")  # t of 2 df is 4.3027
+        assert table.rows[0][4] == "X"
+        single = table.rows[2][4]
+        assert (single.values["n"], single.values["sd"], single.values["low"], single.interval) == (1, None, None, "")
+
+
+class TestProtocol:
+    def notes(self, *args):
+        run = {"algorithm": "ERM", "dataset": "Cats", "test_envs": [0], "trial_seed": 0, "hparams_seed": 0, "seed": 0}
+        return group_tables.protocol_notes(Run.of(run | some) for some in args)
+
+    def test_one_draw_with_the_papers_seeds(self):
+        refit = [{"seed": seed} for seed in (42, 8, 777)]
+        assert self.notes(*refit) == ["Protocol: one draw of the hparams, seed 8, 42, 777 (fixed or refit)."]
+
+    def test_many_seeds_are_counted(self):
+        runs = [{"seed": seed} for seed in range(6)]
+        assert self.notes(*runs) == ["Protocol: one draw of the hparams, 6 seeds (fixed or refit)."]
+
+    def test_a_search(self):
+        runs = [{"hparams_seed": draw, "trial_seed": trial} for trial in (0, 1) for draw in range(3 + trial)]
+        assert self.notes(*runs) == ["Protocol: the best of 3 to 4 draws of the hparams per trial (search)."]
+
+    def test_both(self):
+        runs = [*({"hparams_seed": draw} for draw in range(20)), {"algorithm": "IRM"}]
+        expected = "Protocol: the best of 20 draws of the hparams per trial (search); for other lines "
+        assert self.notes(*runs) == [f"{expected}one draw of the hparams, seed 0 (fixed or refit)."]
+
+    def test_none(self):
+        assert self.notes() == []

@@ -1,10 +1,13 @@
+import csv
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from domainbed.model_selection import IIDAccuracySelectionMethod
+from domainbed.run_index import INDEX_FILE
 from domainbed.scripts import BadInput, collect_results
 
 
@@ -109,9 +112,90 @@ class TestMain:
         directory = sweep([record(**PLAIN, **GROUPS)])
         collect_results.main(["--input_dir", str(directory), "--latex"])
         texts = [(directory / name).read_text(encoding="utf-8") for name in ("results.tex", "groups.tex")]
-        assert capsys.readouterr().out == "".join(texts)
+        assert capsys.readouterr().out == texts[0]  # one document, which compiles
         assert all(text.startswith("\\documentclass") and text.endswith("\\end{document}\n") for text in texts)
         assert "% Total records: 1\n" in texts[0]
+
+    @pytest.mark.parametrize("flag", ["--latex", "--l", "--la"])
+    def test_domainbeds_flag_and_its_prefixes_are_a_format(self, sweep, capsys, flag):
+        directory = str(sweep([record(**PLAIN)]))
+        collect_results.main(["--input_dir", directory, "--format", "latex"])
+        expected = capsys.readouterr().out
+        collect_results.main(["--i", directory, flag])
+        assert capsys.readouterr().out == expected
+        assert collect_results.parser().parse_args(["--i", directory, "--a"]).auto_lr
+        with pytest.raises(SystemExit):
+            collect_results.main(["--input_dir", directory, flag, "--format", "csv"])
+
+    def test_json_is_one_document_on_the_console_and_one_in_each_file(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)], [record(trial_seed=1, **PLAIN | {"env0_in_acc": float("nan")})])
+        collect_results.main(["--input_dir", str(directory), "--format", "json"])
+        printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        files = {name: json.loads((directory / f"{name}.json").read_text("utf-8")) for name in ("results", "groups")}
+        assert printed == files
+        (line,) = files["groups"]["tables"][0]["rows"]
+        assert line["Algorithm"]["text"] == "ERM"
+        assert line["ColoredMNIST WGA"]["mean"] == 0.5
+        first = files["results"]["tables"][0]
+        assert first["rows"][0]["+90%"] == {"text": "nan +/- nan", "mean": None, "standard error": None, "n": 2}
+
+    def test_csv_holds_domainbeds_numbers_and_ours(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)], [record(trial_seed=1, **PLAIN | {"env0_in_acc": 0.75})])
+        collect_results.main(["--input_dir", str(directory), "--format", "csv"])
+        results, groups = ((directory / f"{name}.csv").read_text("utf-8") for name in ("results", "groups"))
+        assert capsys.readouterr().out == f"{results}\n{groups}"
+        first = next(csv.DictReader(results.splitlines()))
+        assert first["Algorithm"] == "ERM"
+        assert float(first["+90% mean"]) == 0.5
+        assert float(first["+90% standard error"]) == pytest.approx(0.25 / 2**0.5)
+        assert (first["+90% n"], first["+80%"]) == ("2", "")
+        assert [line["ColoredMNIST WGA mean"] for line in csv.DictReader(groups.splitlines())] == ["0.5", "0.5"]
+
+    def test_markdown(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+        collect_results.main(["--input_dir", str(directory), "--format", "markdown"])
+        text = capsys.readouterr().out
+        assert (
+            "| Algorithm | +90% | +80% | -90% | Avg |\n| --- | --- | --- | --- | --- |\n| ERM | 25.0 +/- 0.0 | X |"
+            in text
+        )
+        assert text == "".join((directory / f"{name}.md").read_text("utf-8") for name in ("results", "groups"))
+
+    def test_more_tables_on_request(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)], [record(args={"algorithm": "IRM"}, **PLAIN, **GROUPS)])
+        names = [*collect_results.NAMED]
+        collect_results.main(["--input_dir", str(directory), "--tables", "ranks", "paper"])
+        made = {path.stem for path in directory.glob("*.txt")}
+        assert made == {"results", "groups", "ranks", "paper"}
+        collect_results.main(["--input_dir", str(directory), "--tables", "all", "--reference", "IRM"])
+        assert {path.stem for path in directory.glob("*.txt")} == {"results", "groups", *names}
+        assert "Ratios of the means to IRM" in capsys.readouterr().out
+        with pytest.raises(BadInput, match="row not found: MMD; known: 'ERM', 'IRM'"):
+            collect_results.main(["--input_dir", str(directory), "--tables", "all", "--reference", "MMD"])
+
+    def test_a_table_that_has_nothing_to_show_is_said(self, sweep, caplog):
+        directory = sweep([record(**PLAIN)])
+        collect_results.main(["--input_dir", str(directory), "--tables", "paper"])
+        assert "--tables paper: nothing to show" in caplog.text
+        assert not (directory / "paper.txt").exists()
+
+    def test_intervals(self, sweep, capsys):
+        jobs = [
+            [record(trial_seed=trial, **PLAIN, **GROUPS | {"env0_in_g0_acc": acc})] for trial, acc in ((0, 0), (1, 1))
+        ]
+        directory = sweep(*jobs)
+        collect_results.main(["--input_dir", str(directory)])
+        assert "t interval of the mean over seeds" not in capsys.readouterr().out
+        collect_results.main(["--input_dir", str(directory), "--intervals"])
+        assert "75.0 ± 35.4 [-242.7, 392.7]" in capsys.readouterr().out  # 12.706 standard errors of 25 points
+
+    def test_compare_all(self, sweep, capsys):
+        rows = ({"algorithm": "IRM"}, {"algorithm": "GroupDRO"}, {})
+        directory = sweep(*([record(args=args, **PLAIN, **GROUPS)] for args in rows))
+        collect_results.main(["--input_dir", str(directory), "--compare_all", "ERM"])
+        text = (directory / "comparisons.txt").read_text("utf-8")
+        assert capsys.readouterr().out.endswith(text)
+        assert text.count("too few seeds") == 2 * text.count("-------- Every other row minus ERM;") > 0
 
     def test_earlier_tables_are_replaced(self, sweep):
         directory = sweep([record(**PLAIN)])
@@ -119,10 +203,13 @@ class TestMain:
         collect_results.main(["--input_dir", str(directory)])
         assert "x" * 10 not in (directory / "results.txt").read_text()
 
-    def test_a_torn_line_does_not_matter(self, sweep, capsys):
-        directory = sweep([record(**PLAIN)], tail='{"args": {"algo')
+    def test_a_torn_line_does_not_matter(self, sweep, capsys, caplog):
+        directory = sweep([record(**PLAIN)], [record(trial_seed=1, **PLAIN)], tail='{"args": {"algo')
         collect_results.main(["--input_dir", str(directory)])
-        assert capsys.readouterr().out.startswith("Total records: 1\n")
+        assert capsys.readouterr().out.startswith("Total records: 2\n")
+        assert re.search(
+            r"skipped 2 line\(s\) that hold no record, in .*results.jsonl and 1 more file\(s\)", caplog.text
+        )
 
     def test_auto_lr_joins_the_two_stages(self, sweep, capsys):
         first = record(0, args={"holdout_fraction": 0.2}, **PLAIN)
@@ -139,7 +226,7 @@ class TestMain:
             collect_results.main(["--input_dir", str(directory)])
         with pytest.raises(BadInput, match="nowhere is no directory"):
             collect_results.main(["--input_dir", str(directory / "nowhere")])
-        assert [path.name for path in directory.iterdir()] == ["job0"]
+        assert {path.name for path in directory.iterdir()} == {"job0", INDEX_FILE}
 
     def test_as_a_command(self, sweep):
         directory = sweep([])

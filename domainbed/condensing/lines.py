@@ -1,0 +1,133 @@
+"""A results file -> its records as tuples of values, parsed at once where all lines have the same keys, as mostly."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+Keys = tuple[str, ...]
+Values = Sequence[Any]
+Line = tuple[int, Values]  # of a record: the number of its shape, and what stands under the shape's keys
+
+SHARED = ("args", "hparams")
+
+
+@dataclass
+class Segment:
+    """The lines of a file that have the same arguments and hparams, in order; mostly a whole file, and a run.
+
+    Attributes:
+        args, hparams: of all lines, in which anything may stand in their place.
+        shapes: the keys of the records.
+        lines: the records.
+    """
+
+    args: dict[str, Any]
+    hparams: Any
+    shapes: list[Keys]
+    lines: list[Line]
+
+    def records(self) -> list[dict[str, Any]]:
+        """As ``records.read`` gives them, but that all have the same two objects as args and hparams."""
+        shared = {"args": self.args, "hparams": self.hparams}
+        found = [dict(zip(self.shapes[number], values, strict=True)) for number, values in self.lines]
+        return [record | shared if "hparams" in record else record | {"args": self.args} for record in found]
+
+    def column(self, key: str) -> list[Any]:
+        """The key's values in the lines that have it."""
+        places = [shape.index(key) if key in shape else None for shape in self.shapes]
+        return [values[place] for number, values in self.lines if (place := places[number]) is not None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _decoder(shape: Keys) -> msgspec.json.Decoder[Any]:
+    """For lines with exactly these keys."""
+    types = [msgspec.Raw if key in SHARED else object for key in shape]
+    fields = [(f"f{i}", kind, msgspec.field(name=shape[i])) for i, kind in enumerate(types)]
+    return msgspec.json.Decoder(msgspec.defstruct("Line", fields, forbid_unknown_fields=True, gc=False))
+
+
+def parse(data: bytes) -> tuple[list[Segment], int]:
+    """The records in a file, and the number of lines that hold none (``records.read``).
+
+    A record that does not say which run and step it is of counts as foreign, too.
+    """
+    try:
+        segment = _regular(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        segment = None
+    return ([segment], 0) if segment is not None else _irregular(data)
+
+
+def _regular(data: bytes) -> Segment | None:
+    """The one segment of a file whose lines have the same keys, arguments and hparams; None for any other file."""
+    first = msgspec.json.decode(data[: data.find(b"\n") + 1])
+    if not data.endswith(b"\n") or b"\r" in data or not _is_record(first):
+        return None
+    shape = tuple(first)
+    structs = _decoder(shape).decode_lines(data)
+    lines = [msgspec.structs.astuple(struct) for struct in structs]
+    if data.count(b"\n") != len(lines):
+        return None
+    shared = [i for i, key in enumerate(shape) if key in SHARED]
+    if any(line[i] != lines[0][i] for i in shared for line in lines):
+        return None
+    segment = Segment(first["args"], first.get("hparams"), [shape], [(0, line) for line in lines])
+    return segment if all(map(is_number, segment.column("step"))) else None
+
+
+def _irregular(data: bytes) -> tuple[list[Segment], int]:
+    """Line by line."""
+    segments: list[Segment] = []
+    skipped = 0
+    for line in data.splitlines():
+        text = line.decode("utf-8", "replace")
+        if not text.strip():
+            continue
+        record = _decoded(line, text)
+        if not _is_record(record):
+            skipped += 1
+            continue
+        segment = next((s for s in segments if _same(s, record)), None)
+        if segment is None:
+            segment = Segment(record["args"], record.get("hparams"), [], [])
+            segments.append(segment)
+        shape = tuple(record)
+        if shape not in segment.shapes:
+            segment.shapes.append(shape)
+        segment.lines.append((segment.shapes.index(shape), tuple(record.values())))
+    return segments, skipped
+
+
+def _decoded(line: bytes, text: str) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass  # NaN, say, which msgspec refuses
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _same(segment: Segment, record: dict[str, Any]) -> bool:
+    return bool(segment.args == record["args"] and segment.hparams == record.get("hparams"))
+
+
+def _is_record(record: Any) -> bool:
+    args = record.get("args") if isinstance(record, dict) else None
+    return (
+        isinstance(args, dict)
+        and isinstance(args.get("algorithm"), str)
+        and isinstance(args.get("dataset"), str)
+        and isinstance(args.get("test_envs"), list)
+        and all(isinstance(env, int) for env in args["test_envs"])
+        and is_number(record.get("step"))
+    )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
