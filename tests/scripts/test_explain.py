@@ -270,7 +270,8 @@ class TestPicture:
         models = [str(directory) for directory in runs.values()]
         explain.main(["--model", *models, "--n", "0", "--picture", str(path), "--images", "5"])
         assert path.read_bytes().startswith(b"\x89PNG")
-        ((images, titles, rows),) = drawn
+        ((images, titles, rows, across),) = drawn
+        assert across
         assert len(images) == len(titles) == 5
         assert [row.title.replace("\n", ": ") for row in rows] == [
             "ERM: grad_cam", "EX2L_MAE: label network", "EX2L_MAE: confounder network", "true mask",
@@ -295,7 +296,7 @@ def test_a_picture_without_matplotlib_names_the_extra(
     trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(BadInput, match=r"pip install domainbed-ex2l\[report\]"):
+    with pytest.raises(BadInput, match=r"pip install 'domainbed-ex2l\[report\]'"):
         explain.main(["--model", str(trained["ERM"]), "--picture", "a.png"])
 
 
