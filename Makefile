@@ -1,12 +1,14 @@
 # make sweep: trains the quickstart sweep and prints its tables; make test: linters, types and tests.
-# make test-slow, test-slurm (Debian's SLURM packages), test-kills: tests that take minutes.
+# make test-slow, test-slurm (Debian's SLURM packages), test-kills: tests that take minutes; test-report: the report in a
+# headless Chromium. make docs: the pictures and tables of the pages, from sweeps on embedded data.
 # Each makes its own environment in .venv first (Python 3.11 or newer, pip).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 QUICKSTART := sweep_output/quickstart
+DOCS := sweep_output/docs
 
-.PHONY: sweep test test-slow test-slurm test-kills clean
+.PHONY: sweep test test-slow test-slurm test-kills test-report docs clean
 
 sweep: .venv/installed
 	$(BIN)/python -m domainbed.scripts.sweep launch sweeps/quickstart.toml --output_dir $(QUICKSTART) --skip_confirmation
@@ -18,11 +20,19 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2
 
+docs: sweep
+	$(BIN)/python -m domainbed.scripts.sweep launch sweeps/docs.toml --output_dir $(DOCS) --skip_confirmation
+	$(BIN)/python docs/make.py --quickstart $(QUICKSTART) --docs $(DOCS)
+
 test-slow: .venv/installed
 	$(BIN)/pytest -q -m slow
 
 test-slurm: .venv/installed
 	$(BIN)/pytest -q -m slurm tests/slurm
+
+test-report: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[dev,browser]'
+	$(BIN)/pytest -q -m browser tests/browser
 
 test-kills: .venv/installed
 	$(BIN)/python tests/kills.py --kills 100 --requests 30 --operations 1 --damage --seed 0

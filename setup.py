@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["domainbed", "domainbed.*"]),
+    package_data={"domainbed.report": ["report.css", "report.js"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
