@@ -124,7 +124,7 @@ class Images:
         lines = zip(self.paths, self.lines, strict=False)  # none if there is no source
         names = {path: path for path in self.paths} | {path: f"line {line}: {path}" for path, line in lines}
         yield from (f"{names[path]}: named twice" for path, n in sorted(Counter(self.paths).items()) if n > 1)
-        yield from (f"{names[path]}: {trouble}" for path, trouble in _troubles(self.root, list(names)) if trouble)
+        yield from (f"{names[path]}: {trouble}" for path, trouble in troubles(self.root, list(names)) if trouble)
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], report: Callable[[int], None]) -> list[R]:
@@ -144,7 +144,7 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], report: Callable[[int
     return found
 
 
-def _troubles(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+def troubles(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each path with what is wrong with the file, "" for most."""
 
     def report(done: int) -> None:

@@ -70,6 +70,8 @@ class MultipleDomainDataset:
         OPTIONS: names of flags of train that the constructor takes as further keyword arguments.
         HAS_MASKS: True for a dataset that comes with masks; a literal, for sweeps.
         HPARAMS_SIZE: "small" or "large": which of DomainBed's default tables holds.
+        NORMALISED: whether images reach the network by ImageNet's means and deviations (a literal); None: large ones
+            do, small ones are fractions in [0, 1].
         HPARAMS: further hparams that the dataset fixes, name -> value.
         NEEDS_DATA_DIR: True for a dataset that reads files.
         N_STEPS, CHECKPOINT_FREQ: training steps, and steps between two records.
@@ -85,6 +87,7 @@ class MultipleDomainDataset:
     VALIDATION_ENVS: ClassVar[Sequence[int]] = ()
     CONFOUNDERS: Sequence[str] = ()  # may be the instance's own
     HPARAMS_SIZE: ClassVar[str] = "large"
+    NORMALISED: ClassVar[bool | None] = None
     HPARAMS: ClassVar[Mapping[str, Any]] = {}
     NEEDS_DATA_DIR: ClassVar[bool] = False
     CLASSES: Sequence[str] = ()

@@ -104,6 +104,7 @@ class MultipleEnvironmentImageFolder(MultipleDomainDataset):
     """
 
     NEEDS_DATA_DIR = True
+    NORMALISED = True
     FOLDERS: ClassVar[Sequence[str]] = ()
 
     def __init__(self, root: str | Path, test_envs: Sequence[int], augment: bool, hparams: Mapping[str, Any]):

@@ -41,6 +41,7 @@ class ManifestDataset(MultipleDomainDataset):
     MANIFEST: ClassVar[str]
     OPTIONS = ("confounders",)
     NEEDS_DATA_DIR = True
+    NORMALISED = True
 
     def __init__(
         self,
