@@ -1,9 +1,10 @@
 """The sweep script's flags, on the command line and in sweep files."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Sequence
 
-from domainbed import command_launchers, registry
+from domainbed import command_launchers, loggers, registry
 from domainbed.jobs import EXCLUSIVE
 from domainbed.scripts.arguments import DomainBedParser, seconds
 from domainbed.scripts.sweep_file import read_sweep_file
@@ -34,7 +35,7 @@ READ_BY = {  # which commands read a flag that not all read; a sweep file, which
     "index": ("worker",),
     "no_calibration": ("plan",),
     "command_launcher": ("launch", "refit", "retry_failed", "plan", "delete_incomplete"),
-    **dict.fromkeys((*LAUNCHER_OPTIONS, "save_every_s"), _STARTING),
+    **dict.fromkeys((*LAUNCHER_OPTIONS, "save_every_s", "log_to"), _STARTING),
 }
 NOT_IN_FILES = ("watch", "json", "index", "no_calibration")
 OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
@@ -126,6 +127,7 @@ def make_parser() -> DomainBedParser:
     add("--slurm_gpus", type=_at_least(0), help="GPUs of a task")
     add("--slurm_args", nargs="+", metavar="KEY=VALUE", help="further options of sbatch, as account=lab")
     add("--save_every_s", type=seconds, metavar="S", help="seconds between two snapshots of a job; default: train's")
+    add("--log_to", nargs="+", metavar="TRACKER", help="also send the jobs' records to: tensorboard wandb mlflow")
     add("--label", help="what the tables call these rows")
     add("--checkpoint_freq", type=_at_least(0), help="updates between two records; default: the dataset's")
     add("--precision", choices=["fp32", "bf16"], help="default: fp32")
@@ -158,6 +160,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args = parser.parse_args(argv, parser.parse_args([typed.command, typed.sweep_file, *words]))
         _drop_overruled(args, typed)
     _check_flags(args, named)
+    if args.command in _STARTING and not os.environ.get(registry.PLUGINS_VARIABLE):  # plugins may add trackers
+        loggers.check(args.log_to or [])
     _drop_pairs(args)
     args.rows = rows
     args.names_jobs = bool(typed.sweep_file or named - NOT_OF_JOBS)

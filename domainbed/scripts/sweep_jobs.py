@@ -14,7 +14,8 @@ from domainbed.scripts import bad_input
 
 def more_words(args: argparse.Namespace) -> list[str]:
     """What the jobs' commands say beside the jobs' arguments."""
-    return [] if args.save_every_s is None else ["--save_every_s", f"{args.save_every_s:g}"]
+    words = [] if args.save_every_s is None else ["--save_every_s", f"{args.save_every_s:g}"]
+    return words + (["--log_to", *args.log_to] if args.log_to else [])
 
 
 def _asked(args: argparse.Namespace) -> list[Job]:

@@ -23,6 +23,7 @@ from domainbed import (
     claims,
     datasets,
     interruption,
+    loggers,
     mask_files,
     notices,
     partitions,
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs one training, or goes on with it; returns the exit status."""
     args = vars(parser().parse_args(argv))
     directory, overwrite, save_every_s = args["output_dir"], args.pop("overwrite"), args.pop("save_every_s")
+    log_to = args.pop("log_to")
     with bad_input():
         run_directory.prepare(directory)
     try:
         with interruption.listen(), claims.claim(directory, on_stop=_ask_to_end, on_lost=_end_at_once) as claim:
-            return _run(args, overwrite, save_every_s, claim)
+            return _run(args, overwrite, save_every_s, log_to, claim)
     except claims.RunLocked as error:
         print(f"error: {error}; wait for it, or name another --output_dir", file=sys.stderr)
         return claims.EXIT_LOCKED
@@ -78,10 +80,11 @@ def _end_at_once() -> None:
     os._exit(claims.EXIT_LOCKED)
 
 
-def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: claims.Claim) -> int:
+def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, log_to: Sequence[str], claim: claims.Claim) -> int:
     directory = Path(args["output_dir"])
     try:
         with bad_input():
+            loggers.check(log_to)
             hparams, snapshot = resolve(args), None
             if not overwrite:
                 run_directory.check_same_run(directory, args, defaults(args))
@@ -100,7 +103,8 @@ def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, claim: clai
         _print_header(args, hparams)
         with bad_input():
             execution = begin(args, hparams, snapshot, claim, save_every_s)
-        execution.finish()
+        with loggers.logging_to(log_to, execution.logged()) as trackers:
+            execution.finish(trackers)
     run_directory.mark_done(directory)
     return 0
 
@@ -126,6 +130,7 @@ def begin(
             logger.warning("the run starts over: %s", error)
     execution = Execution(build(args, hparams), claim, save_every_s)
     run_directory.clear(args["output_dir"])
+    loggers.clear(args["output_dir"])
     return execution
 
 

@@ -95,6 +95,13 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
         help="seconds between two snapshots, from which a killed run goes on; at least 50 times as long as one takes; "
         "0: one after every update",
     )
+    p.add_argument(
+        "--log_to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="also send the records to: tensorboard wandb mlflow (docs/loggers.md)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
 
 

@@ -24,6 +24,7 @@ from domainbed.console import print_row
 from domainbed.evaluation import ExplanationPlan, explanations
 from domainbed.explanation_tables import run_table
 from domainbed.loaders import TrainingLoader
+from domainbed.loggers import LoggedRun, Logging
 from domainbed.splits import Split
 from domainbed.state_trees import NotResumable
 
@@ -80,15 +81,22 @@ class Execution:
                 path.unlink()
         print(f"resumed after {self.progress.updates} of {self.run.plan.steps} updates")
 
-    def finish(self) -> None:
+    def logged(self) -> LoggedRun:
+        """What trackers are told of the run."""
+        return LoggedRun(self.run.directory, self.run.args, self.run.hparams, self.progress.step)
+
+    def finish(self, trackers: Logging) -> None:
         """Trains to the end and writes the models.
+
+        Args:
+            trackers: get each record once it is written.
 
         Raises:
             Preempted: somebody asked to end, and a snapshot is written.
             Unsaved: somebody asked to end, and none can be written.
         """
         try:
-            self._train()
+            self._train(trackers)
         except interruption.Unsaved:
             raise
         except interruption.Preempted as request:
@@ -103,7 +111,7 @@ class Execution:
                 explain(self.run, self.progress.step - 1)
         self.claim.check()
 
-    def _train(self) -> None:
+    def _train(self, trackers: Logging) -> None:
         run, progress = self.run, self.progress
         unlabeled = None
         if run.unlabeled is not None:
@@ -114,6 +122,7 @@ class Execution:
         for record in training.train(run.algorithm, minibatches, unlabeled, run.plan, run.device, progress):
             if record is not None:
                 self._keep(record)
+                trackers.log(record)
                 if progress.stopped:
                     return
             self._pause()

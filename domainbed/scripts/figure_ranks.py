@@ -1,0 +1,23 @@
+"""Average ranks of a sweep's rows over its datasets: ``figure ranks --input_dir runs/sweep``."""
+
+import argparse
+
+from domainbed import record_figures
+from domainbed.scripts import bad_input, sweep_figures
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``figure ranks``."""
+    sweep_figures.add_arguments(parser, "ranks", criterion=False)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draws the figure.
+
+    Raises:
+        BadInput: there are no such records, or too few rows or datasets.
+    """
+    with bad_input():
+        path = sweep_figures.destination(args)
+        picture = record_figures.ranks(sweep_figures.collect(args.input_dir).records)
+        sweep_figures.save(picture, path)
