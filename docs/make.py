@@ -1,7 +1,7 @@
 """Draws the pictures and writes the tables of README.md and docs/results.md: ``make docs`` calls it on two sweeps.
 
-A table stands between ``<!-- made by make docs: SWEEP/FILE -->`` and ``<!-- end -->``, and is what collect_results wrote
-into that file of the sweep; a title after the file's name takes only the tables whose titles begin so.
+A table stands between ``<!-- made by make docs: SWEEP/FILE -->`` and ``<!-- end -->``, and is what collect_results
+wrote into that file of the sweep; a title after the file's name takes only the tables whose titles begin so.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""95% intervals for a mean: Student's t and the bootstrap. Written out, since ``scipy.stats`` takes a second to import."""
+"""95% intervals for a mean: Student's t and the bootstrap.
+
+Written out, since ``scipy.stats`` takes a second to import.
+"""
 
 import functools
 import math

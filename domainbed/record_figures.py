@@ -114,9 +114,7 @@ def scatter(records: Iterable[Record], criterion: str = "aa_wga") -> Picture:
     return Picture(figure, title, _in_words(selected, points, "average accuracy {:.1f} %", "worst-group accuracy"))
 
 
-def time(
-    records: Iterable[Record], criterion: str = "aa_wga", timings: Mapping[Run, Timing] | None = None
-) -> Picture:
+def time(records: Iterable[Record], criterion: str = "aa_wga", timings: Mapping[Run, Timing] | None = None) -> Picture:
     """Training time against worst-group accuracy of each row, a panel for each dataset; times as in the tables.
 
     Args:

@@ -84,9 +84,10 @@ class GroupCounts(NamedTuple):
 
 
 def group_metrics(record: Mapping[str, Any], env: int, split: str) -> GroupCounts:
-    """The per-group numbers of one split; empty where the record carries none."""
+    """The per-group numbers of one split, of groups that have both; empty where the record carries none."""
     prefix = f"env{env}_{split}_g"
-    groups = [int(key[len(prefix) : -2]) for key in record if key.startswith(prefix) and key.endswith("_n")]
+    counted = [int(key[len(prefix) : -2]) for key in record if key.startswith(prefix) and key.endswith("_n")]
+    groups = [g for g in counted if group_acc_key(env, split, g) in record]
     return GroupCounts(
         {g: record[group_acc_key(env, split, g)] for g in sorted(groups)},
         {g: record[group_count_key(env, split, g)] for g in sorted(groups)},

@@ -330,11 +330,11 @@ def test_a_sweep_hands_trackers_on_to_the_same_jobs(tmp_path: Path, monkeypatch:
     plain = sweep_jobs(parse(words))
     logged = sweep_jobs(parse([*words, "--log_to", "kept", "tensorboard", "--save_every_s", "5"]))
     assert [job.output_dir for job in logged] == [job.output_dir for job in plain]
-    assert [job.command for job in logged] == [
-        f"{job.command} --save_every_s 5 --log_to kept tensorboard" for job in plain
+    assert [job.command_str for job in logged] == [
+        f"{job.command_str} --save_every_s 5 --log_to kept tensorboard" for job in plain
     ]
-    for again in ("worker", "retry_failed"):
+    for again in (["worker"], ["retry_failed", "--command_launcher", "dummy"]):
         with pytest.raises(BadInput, match="--log_to not found: wandbb; did you mean wandb"):
-            sweep.main([again, "--command_launcher", "dummy", "--output_dir", str(tmp_path), "--log_to", "wandbb"])
+            sweep.main([*again, "--output_dir", str(tmp_path), "--log_to", "wandbb"])
     monkeypatch.setenv("DOMAINBED_PLUGINS", "mine.py")  # what jobs import may add a tracker
-    assert sweep_jobs(parse([*words, "--log_to", "wandbb"]))[0].command.endswith("--log_to wandbb")
+    assert sweep_jobs(parse([*words, "--log_to", "wandbb"]))[0].command_str.endswith("--log_to wandbb")

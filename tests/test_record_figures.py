@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_without_groups_there_is_nothing_to_draw() -> None:
 def test_neighbouring_rows_differ_in_colour_and_marker() -> None:
     styles = [style(i) for i in range(64)]
     assert len(set(styles)) == 64
-    assert all(a != b for one, other in zip(styles, styles[1:], strict=False) for a, b in zip(one, other, strict=True))
+    assert all(a != b for one, other in itertools.pairwise(styles) for a, b in zip(one, other, strict=True))
 
 
 def lines(ax: Any) -> dict[str, list[list[float]]]:

@@ -1,6 +1,5 @@
 import itertools
 import json
-import logging
 import os
 import random
 import shutil
@@ -43,7 +42,7 @@ def official(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
     return facts
 
 
-class LastIn(SelectionMethod):
+class LowestLoss(SelectionMethod):
     """Somebody else's way of choosing: the checkpoint with the lowest loss."""
 
     name = "lowest loss"
@@ -153,12 +152,13 @@ def test_every_choice_and_table_is_that_of_all_records(seed: int, tmp_path: Path
 def test_another_selection_method_gets_all_records(tmp_path: Path, patient: None) -> None:
     for name, lines in runs(Random(0)):
         write(tmp_path / name, lines)
-    whole = tables.results_tables(list(records.iterate(tmp_path)), LastIn, latex=False)
-    assert tables.results_tables(collect(tmp_path), LastIn, latex=False) == whole
+    whole = tables.results_tables(list(records.iterate(tmp_path)), LowestLoss, latex=False)
+    assert tables.results_tables(collect(tmp_path), LowestLoss, latex=False) == whole
 
 
 def test_kept_records_are_those_of_the_files_and_share_their_arguments(tmp_path: Path, patient: None) -> None:
-    lines = simple(5, note={"a": [None, True, 2**60]}, big=1e300) + [simple(6)[5] | {"nll": NAN, "text": "é\u2028"}]
+    lines = simple(6, note={"a": [None, True, 2**60]}, big=1e300)
+    lines[5] |= {"nll": NAN, "text": "é\u2028"}
     path = write(tmp_path / "a", lines)
     for collected in (collect(tmp_path), collect(tmp_path)):
         kept = collected.records
@@ -190,12 +190,6 @@ def test_a_pretty_printed_record_is_foreign(tmp_path: Path) -> None:
     assert collect(tmp_path).skipped == {str(path): records.read(path)[1]}
 
 
-def test_skipped_lines_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "a", [*simple(), [1]])
-    collect(tmp_path)
-    assert "results.jsonl: skipped 1 line(s) that hold no record" in caplog.text
-
-
 def test_missing_accuracies_are_warned_of_with_the_numbers_of_the_files(
     tmp_path: Path, patient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,7 +203,7 @@ def test_missing_accuracies_are_warned_of_with_the_numbers_of_the_files(
 
 
 class TestIndex:
-    """What is read again, seen by a reader that counts."""
+    """What is read again, by a reader that counts."""
 
     @pytest.fixture(autouse=True)
     def _patient(self, patient: None) -> None:
@@ -230,7 +224,7 @@ class TestIndex:
         def collecting(directory: Path) -> list[str]:
             names.clear()
             found, fresh = collect(directory), collect(directory, index=False)
-            assert found.records == fresh.records
+            assert repr(found.records) == repr(fresh.records)  # NaN, too
             assert (found.total, found.skipped, found.runs) == (fresh.total, fresh.skipped, fresh.runs)
             return sorted(names)[: len(names)] if not found.runs else _less_one_each(names, found)
 

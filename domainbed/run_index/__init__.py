@@ -200,11 +200,14 @@ def _collect(directory: Path, files: Files, old: Index | None, index: bool) -> C
 
 
 def _renewed(collector: Collector, old: Index | None) -> Index:
-    """The index brought up to date, in its place."""
+    """The index brought up to date, in its place; a directory without records gets none."""
     descriptor, temporary = tempfile.mkstemp(".tmp", f"{INDEX_FILE}.", collector.directory)
     try:
         made = Index.new(temporary, old)
         collector.update(made)
+        if collector.is_empty:
+            os.unlink(temporary)  # what is open stays readable
+            return made
         os.fsync(descriptor)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, collector.directory / INDEX_FILE)

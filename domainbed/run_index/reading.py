@@ -56,8 +56,8 @@ class Pairs:
         self._kinds[dataset].add(len(test_envs))
 
     def concern(self, dataset: str, test_envs: Collection[int]) -> bool:
-        """Whether each step of such a run is needed."""
-        return {1, 2} <= self._kinds[dataset] and len(test_envs) in (1, 2)
+        """Whether each step of such a run is needed; never where official environments validate."""
+        return {1, 2} <= self._kinds[dataset] and len(test_envs) in (1, 2) and not validation_envs(dataset)
 
 
 class Collector:
@@ -112,6 +112,11 @@ class Collector:
             for name, entry in self.entries.items()
             if any(self.pairs.concern(s.dataset, s.test_envs) and not s.whole for s in entry.summaries)
         ]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no file holds a record."""
+        return not any(entry.summaries for entry in self.entries.values())
 
     @property
     def is_current(self) -> bool:
