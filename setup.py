@@ -36,7 +36,7 @@ setup(
         "report": ["matplotlib>=3.8", "umap-learn>=0.5"],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow-skinny>=2.15", "sqlalchemy"],
+        "mlflow": ["mlflow-skinny>=2.15", "sqlalchemy", "alembic"],
         "browser": ["playwright>=1.45"],  # tests of the report; needs a Chromium
         "dev": [
             "pytest>=8",

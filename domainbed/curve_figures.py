@@ -1,6 +1,5 @@
 """Records -> a figure of the accuracy of each group over the training."""
 
-import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +9,10 @@ import numpy as np
 
 from domainbed import records as keys
 from domainbed.figures import COLOURS, figure_class
-from domainbed.group_tables import selected_by
+from domainbed.group_tables import group_name, selected_by
 from domainbed.model_selection import Choice
 from domainbed.record_figures import FONT, WORST, Picture, Selected, entitle, select
-from domainbed.rows import Cell, declared
+from domainbed.rows import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,17 +74,8 @@ def _course(run: Sequence[Record], splits: Sequence[Place]) -> Course:
                 correct[g].append((n * metrics.acc[g], n))
         for g, parts in correct.items():
             share = sum(right for right, _ in parts) / sum(n for _, n in parts)
-            found[group_name(record["args"]["dataset"], g)][record["step"]] = 100 * share
+            found[group_name(record["args"], g)][record["step"]] = 100 * share
     return dict(found)
-
-
-@functools.cache
-def group_name(dataset: str, g: int) -> str:
-    """Label and confounder of a group where the dataset's class names them, else its number."""
-    labels, confounders = (declared("datasets", dataset, names) for names in ("CLASSES", "CONFOUNDERS"))
-    if not labels or not confounders or g >= len(labels) * len(confounders):
-        return f"g{g}"
-    return f"{labels[g // len(confounders)]}, {confounders[g % len(confounders)]}"
 
 
 def _worst(courses: Sequence[Course], choices: Sequence[Choice]) -> str:

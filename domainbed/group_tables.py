@@ -1,5 +1,6 @@
 """Our tables of many rows: average and worst-group accuracy; the accuracy on several test environments."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from domainbed.model_selection import (
     validation_envs,
     with_several_test_envs,
 )
-from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
+from domainbed.rows import Cell, Row, Run, declared, meeting, row_names, runs
 from domainbed.table_formats import MISSING, Table
 from domainbed.tables import environment_names, in_order, line_names
 
@@ -75,6 +76,24 @@ def mean_cell(values: Sequence[float], most: int, number: Callable[[float], str]
         interval="[{}, {}]".format(*map(number, interval)) if interval else "",
         trials=tuple(map(float, values)),
     )
+
+
+@functools.cache
+def _group_names(dataset: str) -> tuple[Sequence[str], Sequence[str]]:
+    """What the dataset's class calls its labels and confounder values; empty where it does not say."""
+    labels, confounders = (declared("datasets", dataset, name) or () for name in ("CLASSES", "CONFOUNDERS"))
+    return labels, confounders
+
+
+def group_name(args: Mapping[str, Any], group: int) -> str:
+    """``g3: waterbird, water`` where the class of a run's dataset names its confounders, else ``g3``."""
+    labels, confounders = _group_names(args["dataset"])
+    if args.get("confounders") or not confounders:  # of the user's own choice, the class knows no names
+        return f"g{group}"
+    y, c = divmod(group, len(confounders))
+    if labels and y >= len(labels):
+        return f"g{group}"
+    return f"g{group}: {labels[y] if labels else f'y={y}'}, {confounders[c]}"
 
 
 def percent_note(most: int) -> str:

@@ -10,6 +10,7 @@ from domainbed.group_tables import (
     LINE_HEADER,
     budget_notes,
     cell_titles,
+    group_name,
     line_cells,
     lines_of,
     mean_cell,
@@ -19,7 +20,7 @@ from domainbed.group_tables import (
     trials_of,
 )
 from domainbed.model_selection import Choice, choose
-from domainbed.rows import Cell, Row, Run, declared, meeting, row_names, runs
+from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
 from domainbed.table_formats import MISSING, Table
 
 Record = Mapping[str, Any]
@@ -69,15 +70,6 @@ def tested_groups(choice: Choice) -> dict[int, Group]:
     return {g: Group(correct[g] / n, n) for g, n in sorted(counts.items())}
 
 
-def group_name(dataset: str, group: int) -> str:
-    """``g3: waterbird, water`` where the dataset's class names its classes and confounders, else ``g3``."""
-    classes, confounders = (declared("datasets", dataset, name) or () for name in ("CLASSES", "CONFOUNDERS"))
-    if not classes or not confounders or group >= len(classes) * len(confounders):
-        return f"g{group}"
-    label, confounder = divmod(group, len(confounders))
-    return f"g{group}: {classes[label]}, {confounders[confounder]}"
-
-
 def _table(
     title: str, cell: Cell, chosen: Sequence[Choice], names: Mapping[Row, str], protocol: Sequence[str]
 ) -> Table | None:
@@ -95,7 +87,8 @@ def _table(
         rows.append([*line_cells(line), *(mean_cell(accs, most) for accs in of_group), worst])
     images = [_images([found[g].n for found in groups.values() if g in found]) for g in shown]
     rows.append([IMAGES, "", *images, MISSING])
-    header = [*LINE_HEADER, *(group_name(cell[0], g) for g in shown), "WGA"]
+    args = chosen[0].record["args"]
+    header = [*LINE_HEADER, *(group_name(args, g) for g in shown), "WGA"]
     notes = [percent_note(most), *protocol, IMAGES_NOTE, *budget_notes(names)]
     return Table(f"{title}: accuracy of each group, {selected_by(CRITERION)}", notes, header, rows)
 

@@ -1,6 +1,7 @@
 import pytest
 
-from domainbed.per_group_tables import group_name, per_group_tables
+from domainbed.group_tables import group_name
+from domainbed.per_group_tables import per_group_tables
 from domainbed.table_formats import render
 
 
@@ -57,6 +58,7 @@ def test_nothing_where_groups_are_not_written_one_by_one():
 
 
 def test_names_of_groups():
-    assert group_name("DigitsM2M", 5) == "g5: 1, grass"
-    assert group_name("DigitsM2M", 16) == "g16"
-    assert group_name("Cats", 5) == "g5"
+    assert group_name({"dataset": "DigitsM2M"}, 5) == "g5: 1, grass"
+    assert group_name({"dataset": "DigitsM2M"}, 16) == "g16"
+    assert group_name({"dataset": "Cats"}, 5) == "g5"
+    assert group_name({"dataset": "DigitsM2M", "confounders": ["mine"]}, 5) == "g5"

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from domainbed import figures, rank_tables, record_figures
-from domainbed.curve_figures import curves, group_name
+from domainbed.curve_figures import curves
 from domainbed.ranks import Ranks
 from domainbed.record_figures import cliques, ranks, scatter, select, style, time
 
@@ -138,11 +138,6 @@ def test_curves_pool_several_environments_by_counts() -> None:
     both |= {"env2_in_acc": 0.25, "env2_in_wga": 0.25, "env2_in_g1_acc": 0.25, "env2_in_g1_n": 12}
     found = lines(curves([both], envs=[0, 2]).figure.axes[0])
     assert found["group"] == [[[0, 50]], [[0, pytest.approx(100 * (4 + 3) / 16)]]]
-
-
-def test_groups_have_the_names_of_their_classes() -> None:
-    assert group_name("DigitsSubpop", 2) == "8, brick"
-    assert group_name("DigitsSubpop", 4) == group_name("Cats", 4) == "g4"
 
 
 @pytest.mark.parametrize(

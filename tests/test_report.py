@@ -222,7 +222,7 @@ def test_a_card_has_the_docstring_and_counts_of_groups(sweeps: ModuleType, tmp_p
     [table] = card.tables
     header = ["Group", "training images", "2: 2, in-split", "0: 0, out-split", "1: 1, out-split", "2: 2, out-split"]
     assert table.header == header
-    assert [row[0] for row in table.rows] == ["y=0, even", "y=0, odd", "y=1, even", "y=1, odd"]
+    assert [row[0] for row in table.rows] == [f"g{g}: y={g // 2}, {'odd' if g % 2 else 'even'}" for g in range(4)]
     assert table.rows[0][1] == Cell("250 (25.0 %)", {"value": 250})
     assert "not part of this package" in datasets.docstring("Unheard")
 

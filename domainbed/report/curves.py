@@ -1,13 +1,11 @@
 """A run's records -> what its page draws: accuracies by step, the chosen checkpoint, its groups."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from domainbed import records as keys
 from domainbed.model_selection import CRITERIA, validation_splits
-from domainbed.rows import declared
 
 Record = Mapping[str, Any]
 Splits = Sequence[tuple[int, str]]
@@ -119,19 +117,3 @@ def _group_accuracy(record: Record, pairs: Sequence[tuple[str, str]]) -> float |
         return rounded(correct / sum(record[n] for _, n in pairs))
     except (KeyError, ZeroDivisionError):  # a checkpoint that measured less than the last one
         return None
-
-
-@functools.cache
-def _names(dataset: str) -> tuple[Sequence[str], Sequence[str]]:
-    """What the dataset's class calls its labels and its confounder's values; empty where it does not say."""
-    classes, confounders = (declared("datasets", dataset, key) or () for key in ("CLASSES", "CONFOUNDERS"))
-    return classes, confounders
-
-
-def group_name(args: Mapping[str, Any], group: int) -> str:
-    """What group g = y * V + c holds, in words, as far as the dataset's class spells it."""
-    classes, confounders = _names(args["dataset"])
-    if not confounders or args.get("confounders"):  # the user's own choice: how many values is not known here
-        return f"group {group}"
-    y, c = divmod(group, len(confounders))
-    return f"{classes[y] if y < len(classes) else f'y={y}'}, {confounders[c]}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from domainbed import cards, records, registry
-from domainbed.report.curves import group_name
+from domainbed.group_tables import group_name
 from domainbed.report.data import RunFacts
 from domainbed.table_formats import Cell, Table
 from domainbed.tables import environment_names

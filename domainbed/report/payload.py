@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from domainbed.group_tables import cell_titles
+from domainbed.group_tables import cell_titles, group_name
 from domainbed.model_selection import choose
-from domainbed.report.curves import Curves, group_name, rounded
+from domainbed.report.curves import Curves, rounded
 from domainbed.report.data import RunFacts, Sweep
 from domainbed.rows import Run, meeting, row_names
 

@@ -5,17 +5,18 @@ place. So collectors don't wait for each other, a kill leaves the old index, and
 shared between machines.
 """
 
+import gc
 import logging
 import os
 import sqlite3
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -37,12 +38,13 @@ from domainbed.run_index.database import INDEX_FILE, Damaged, Index, Kept
 from domainbed.run_index.reading import Collector, Files
 
 JUDGED: dict[type[SelectionMethod], str] = {IIDAccuracySelectionMethod: "iid", OracleSelectionMethod: "oracle"}
+TEMPORARY = ".tmp"
+LEFTOVER_S = 86_400  # no collector takes that long
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A segment of a results file: the name of its run's directory, its number in the file, its summary."""
 
     name: str
@@ -127,20 +129,18 @@ class Collected:
 
     def _judged(self, method: str, runs: Iterable[Run]) -> dict[Any, Accs] | None:
         """The accuracies of each draw that can be judged; None where that takes its records."""
-        found: dict[Any, Accs] = {}
-        draws: set[Any] = set()
-        for run in sorted(runs, key=lambda run: run.hparams_seed):
-            (part, *others) = self.runs[run]
-            judged: Judged | None = getattr(part.summary, method)
-            if others or judged is None or run.hparams_seed in draws:
+        found: dict[Any, Accs | None] = {}
+        for run in runs:
+            parts = self.runs[run]
+            judged: Judged | None = getattr(parts[0].summary, method)
+            if len(parts) > 1 or judged is None or run.hparams_seed in found:
                 return None
-            draws.add(run.hparams_seed)
             if judged.lacking:
                 name = f"{run.row.name}, {run.dataset}, test_envs {list(run.test_envs)}, seed {run.seed}"
                 warn_lacking(judged.lacking, judged.of, name)
-            if judged.accs is not None:
-                found[run.hparams_seed] = {"val_acc": judged.accs[0], "test_acc": judged.accs[1]}
-        return found
+            accs = judged.accs
+            found[run.hparams_seed] = None if accs is None else {"val_acc": accs[0], "test_acc": accs[1]}
+        return {draw: accs for draw, accs in found.items() if accs is not None}
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -176,12 +176,25 @@ def collect(directory: str | os.PathLike[str], index: bool = True) -> Collected:
         index: use and renew the index in the directory; where that is not possible, everything is done without it.
     """
     place = Path(directory)
-    files = Files.of(place)
+    with _without_garbage_collection():
+        files = Files.of(place)
+        try:
+            old = Index.stored(place) if index else None
+            return _collect(place, files, old, index)
+        except (sqlite3.Error, Damaged):
+            return _collect(place, files, None, index)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """For code that makes many objects and no cycles, which the collector of cycles would look at again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        old = Index.stored(place) if index else None
-        return _collect(place, files, old, index)
-    except (sqlite3.Error, Damaged):
-        return _collect(place, files, None, index)
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _collect(directory: Path, files: Files, old: Index | None, index: bool) -> Collected:
@@ -194,16 +207,17 @@ def _collect(directory: Path, files: Files, old: Index | None, index: bool) -> C
         except (OSError, sqlite3.OperationalError) as error:
             logger.warning("%s: goes without an index: %s", directory, error)
             collector = Collector(directory, files, old)
-    made = Index.new(":memory:", old)
+    made = Index.new(None, old)
     collector.update(made)
     return Collected(collector, made)
 
 
 def _renewed(collector: Collector, old: Index | None) -> Index:
     """The index brought up to date, in its place; a directory without records gets none."""
-    descriptor, temporary = tempfile.mkstemp(".tmp", f"{INDEX_FILE}.", collector.directory)
+    _remove_leftovers(collector.directory)
+    descriptor, temporary = tempfile.mkstemp(TEMPORARY, f"{INDEX_FILE}.", collector.directory)
     try:
-        made = Index.new(temporary, old)
+        made = Index.new(Path(temporary), old)
         collector.update(made)
         if collector.is_empty:
             os.unlink(temporary)  # what is open stays readable
@@ -218,6 +232,14 @@ def _renewed(collector: Collector, old: Index | None) -> Index:
     finally:
         os.close(descriptor)
     return made
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Of collectors that were killed."""
+    for path in directory.glob(f"{INDEX_FILE}.*{TEMPORARY}"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - LEFTOVER_S:
+                path.unlink()
 
 
 def _umask() -> int:

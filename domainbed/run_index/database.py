@@ -110,9 +110,10 @@ class Index:
         return found
 
     @classmethod
-    def new(cls, place: str, old: "Index | None") -> "Index":
-        """A copy of an index, or an empty one, in a file or ":memory:"."""
-        database = sqlite3.connect(place, isolation_level=None)
+    def new(cls, path: Path | None, old: "Index | None") -> "Index":
+        """A copy of an index, or an empty one, in a file that nobody else knows, or in memory."""
+        place = f"{path.resolve().as_uri()}?nolock=1" if path else ":memory:"
+        database = sqlite3.connect(place, uri=True, isolation_level=None)
         database.execute("PRAGMA synchronous = OFF")
         if old is not None:
             old.database.backup(database)

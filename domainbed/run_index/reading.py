@@ -41,6 +41,10 @@ class Files:
         """The explained steps of a run."""
         return tuple(explanation_records.settings_of(line).step for line in self.explanations.get(name, ()))
 
+    def explain_no_more(self, name: str, steps: Collection[Any]) -> bool:
+        """Whether the run's explanations are of these steps only."""
+        return name not in self.explanations or set(self.steps(name)) <= set(steps)
+
 
 def stamp_of(stat: os.stat_result) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
@@ -54,6 +58,9 @@ class Pairs:
 
     def add(self, dataset: str, test_envs: Collection[int]) -> None:
         self._kinds[dataset].add(len(test_envs))
+
+    def __bool__(self) -> bool:
+        return any({1, 2} <= kinds for kinds in self._kinds.values())
 
     def concern(self, dataset: str, test_envs: Collection[int]) -> bool:
         """Whether each step of such a run is needed; never where official environments validate."""
@@ -79,9 +86,9 @@ class Collector:
         other = {dataset for dataset, envs in old.official().items() if envs != tuple(validation_envs(dataset))}
         for name, stamp in self.files.stamps.items():
             entry = entries.get(name)
-            if entry is None or entry.stamp != stamp or not set(self.files.steps(name)) <= set(entry.explained):
+            if entry is None or entry.stamp != stamp or not self.files.explain_no_more(name, entry.explained):
                 continue
-            if not any(summary.dataset in other for summary in entry.summaries):
+            if not other or not any(summary.dataset in other for summary in entry.summaries):
                 self._note(name, entry)
         self.changed = [name for name in self.files.stamps if name not in self.entries]
         self.vanished = [name for name in entries if name not in self.files.stamps]
@@ -107,6 +114,8 @@ class Collector:
 
     def _cut_short(self) -> list[str]:
         """The files of which too little was kept before it was known which runs belong together."""
+        if not self.pairs:
+            return []
         return [
             name
             for name, entry in self.entries.items()

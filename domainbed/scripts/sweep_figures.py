@@ -75,6 +75,6 @@ def destination(args: argparse.Namespace) -> Path:
 
 
 def save(picture: Picture, path: Path) -> None:
-    """Writes the figure with its title and description, and prints where, and what is seen."""
+    """Writes the figure with its title and description, and prints where."""
     figures.save(picture.figure, path, picture.title, picture.description)
-    print(f"{picture.description}\nwrote {path}")
+    print(f"Drew {path}")
