@@ -23,6 +23,7 @@ test: .venv/installed
 docs: sweep
 	$(BIN)/python -m domainbed.scripts.sweep launch sweeps/docs.toml --output_dir $(DOCS) --skip_confirmation
 	$(BIN)/python docs/make.py --quickstart $(QUICKSTART) --docs $(DOCS)
+	$(BIN)/python examples/render.py
 
 test-slow: .venv/installed
 	$(BIN)/pytest -q -m slow

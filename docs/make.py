@@ -18,9 +18,9 @@ IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- made by make docs: (\w+)/([\w.]+)(?: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 ROWS = ["--dataset", "DigitsM2M", "--rows", "ERM:random", "GroupDRO:group", "EX2L_JSDistance"]
 FIGURES = {  # the picture in docs/images: what draws it
-    "gradcam.png": ["gradcam", "--images", "8", *ROWS, "ALIGN:group"],
+    "gradcam.png": ["gradcam", "--images", "4", *ROWS, "ALIGN:group"],
     "features.png": ["features", "--n", "2000", *ROWS, "EX2L_JSDistance, control"],
-    "curves.png": ["curves"],
+    "curves.png": ["curves", "--datasets", "DigitsM2M"],
     "scatter.png": ["scatter"],
     "time.png": ["time"],
     "ranks.png": ["ranks"],
@@ -38,7 +38,7 @@ def tables_of(text: str, title: str | None) -> str:
     Raises:
         ValueError: there is none.
     """
-    parts = re.split(r"^(?=-------- |## )", text.strip(), flags=re.MULTILINE)
+    parts = re.split(r"^(?=-------- |#+ )", text.strip(), flags=re.MULTILINE)
     wanted = [part.strip() for part in parts if part.lstrip("-# ").startswith(title or "")]
     if not wanted:
         raise ValueError(f"no table begins with {title!r}; look into what collect_results wrote")
@@ -55,7 +55,10 @@ def filled(page: str, read: Callable[[str, str], str]) -> str:
     def block(found: re.Match[str]) -> str:
         begin, sweep, file, title, end = found.groups()
         text = tables_of(read(sweep, file), title)
-        text = text if file.endswith(".md") else f"```\n{text}\n```"
+        if file.endswith(".md"):  # the page has headings of its own
+            text = re.sub(r"^#+ (.+)$", r"**\1**", text, flags=re.MULTILINE)
+        else:
+            text = f"```\n{text}\n```"
         return f"{begin}\n{text}\n\n{end}"
 
     return BLOCK.sub(block, page)

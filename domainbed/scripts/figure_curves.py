@@ -28,7 +28,7 @@ def draw(args: argparse.Namespace) -> None:
     with bad_input():
         path = sweep_figures.destination(args)
         found = _of_runs(args.runs) if args.runs else sweep_figures.read_all(args.input_dir)
-        each_run = args.runs is not None
+        found, each_run = sweep_figures.of_datasets(found, args.datasets), args.runs is not None
         sweep_figures.save(curve_figures.curves(found, args.criterion, each_run, args.env, args.split), path)
 
 

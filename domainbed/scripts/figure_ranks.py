@@ -19,5 +19,6 @@ def draw(args: argparse.Namespace) -> None:
     """
     with bad_input():
         path = sweep_figures.destination(args)
-        picture = record_figures.ranks(sweep_figures.collect(args.input_dir).records)
+        found = sweep_figures.of_datasets(sweep_figures.collect(args.input_dir).records, args.datasets)
+        picture = record_figures.ranks(found)
         sweep_figures.save(picture, path)

@@ -19,5 +19,6 @@ def draw(args: argparse.Namespace) -> None:
     """
     with bad_input():
         path = sweep_figures.destination(args)
-        picture = record_figures.scatter(sweep_figures.collect(args.input_dir).records, args.criterion)
+        found = sweep_figures.of_datasets(sweep_figures.collect(args.input_dir).records, args.datasets)
+        picture = record_figures.scatter(found, args.criterion)
         sweep_figures.save(picture, path)

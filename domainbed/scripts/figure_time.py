@@ -20,5 +20,5 @@ def draw(args: argparse.Namespace) -> None:
     with bad_input():
         path = sweep_figures.destination(args)
         found = sweep_figures.collect(args.input_dir)
-        picture = record_figures.time(found.records, args.criterion, found.timings)
+        picture = record_figures.time(sweep_figures.of_datasets(found.records, args.datasets), args.criterion, found.timings)
         sweep_figures.save(picture, path)

@@ -1,17 +1,18 @@
 """What the figures that are drawn from a sweep's records share: where records come from, and where a figure goes."""
 
 import argparse
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed import figures, records, run_index
+from domainbed import figures, messages, records, run_index
 from domainbed.model_selection import CRITERIA
 from domainbed.record_figures import Picture
 from domainbed.scripts import BadInput
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: str, criterion: bool = True, needed: bool = True) -> None:
-    """The flags: ``--input_dir``, ``--out``, and ``--criterion`` where the figure takes one.
+    """The flags: ``--input_dir``, ``--datasets``, ``--out``, and ``--criterion`` where the figure takes one.
 
     Args:
         kind: name of the figure, and of its file.
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, criterion: bool = 
     """
     parser.add_argument("--input_dir", type=Path, required=needed, metavar="SWEEP", help="a sweep's output_dir")
     parser.add_argument("--out", type=Path, help=f"PNG, PDF or SVG; default: SWEEP/figures/{kind}.png")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these; default: all of the sweep's")
     parser.set_defaults(default_name=f"{kind}.png")
     if criterion:
         parser.add_argument(
@@ -50,6 +52,19 @@ def read_all(directory: Path) -> list[dict[str, Any]]:
     if not found:
         raise no_records(directory)
     return found
+
+
+def of_datasets(found: Sequence[dict[str, Any]], names: Collection[str] | None) -> list[dict[str, Any]]:
+    """The records of these datasets; of all without names.
+
+    Raises:
+        ValueError: there are none of one of them.
+    """
+    known = {record["args"]["dataset"] for record in found}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(messages.not_found("dataset", name, sorted(known)))
+    return [record for record in found if not names or record["args"]["dataset"] in names]
 
 
 def check_directory(directory: Path) -> None:

@@ -70,6 +70,15 @@ def test_another_place_form_and_criterion(sweep: Path, tmp_path: Path) -> None:
         figure.main(["scatter", "--input_dir", str(sweep), "--out", "b.gif"])
 
 
+def test_only_some_datasets(sweep: Path) -> None:
+    assert figure.main(["time", "--input_dir", str(sweep), "--datasets", "Cats"]) == 0
+    with Image.open(sweep / "figures" / "time.png") as image:
+        assert "Cats: " in image.info["Description"]
+        assert "Debug28" not in image.info["Description"]
+    with pytest.raises(BadInput, match="dataset not found: Dogs; known: Cats, Debug28"):
+        figure.main(["time", "--input_dir", str(sweep), "--datasets", "Cats", "Dogs"])
+
+
 def test_curves_of_runs(sweep: Path, tmp_path: Path) -> None:
     runs, out = [str(sweep / name) for name in ("ERMCats0", "GroupDROCats1")], tmp_path / "c.png"
     words = ["curves", "--runs", *runs, "--env", "1", "--split", "out", "--out", str(out)]
