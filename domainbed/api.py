@@ -154,7 +154,7 @@ def _follow(process: "subprocess.Popen[str]", directory: Path, say: Callable[[st
 
 def _last_record(directory: Path) -> Record | None:
     path = directory / records.RESULTS_FILE
-    found = records.read(path)[0] if path.exists() else []
+    found = records.read_checkpoints(path)[0] if path.exists() else []
     return found[-1] if found else None
 
 
@@ -203,7 +203,7 @@ def _found(directory: Place) -> Iterable[_Found]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    found, skipped = records.read(path)
+    found, skipped = records.read_checkpoints(path)
     if skipped:
         logger.warning("%s: skipped %d line(s) that hold no record", path, skipped)
     return found

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,8 +86,8 @@ class GroupCounts(NamedTuple):
 def group_metrics(record: Mapping[str, Any], env: int, split: str) -> GroupCounts:
     """The per-group numbers of one split, of groups that have both; empty where the record carries none."""
     prefix = f"env{env}_{split}_g"
-    counted = [int(key[len(prefix) : -2]) for key in record if key.startswith(prefix) and key.endswith("_n")]
-    groups = [g for g in counted if group_acc_key(env, split, g) in record]
+    counted = [key[len(prefix) : -2] for key in record if key.startswith(prefix) and key.endswith("_n")]
+    groups = [int(g) for g in counted if g.isdecimal() and group_acc_key(env, split, int(g)) in record]
     return GroupCounts(
         {g: record[group_acc_key(env, split, g)] for g in sorted(groups)},
         {g: record[group_count_key(env, split, g)] for g in sorted(groups)},
@@ -295,7 +295,29 @@ def append(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
+def has_args(record: Any) -> bool:
+    """Whether what a line holds says what it was run with."""
+    return isinstance(record, dict) and isinstance(record.get("args"), dict)
+
+
+def is_checkpoint(record: Any) -> bool:
+    """Whether what a line holds can be a record of a run: tables need at least these arguments and the step."""
+    if not has_args(record):
+        return False
+    args, step, envs = record["args"], record.get("step"), record["args"].get("test_envs")
+    named = all(isinstance(args.get(key), str) for key in ("algorithm", "dataset"))
+    tested = isinstance(envs, list) and all(isinstance(env, int) for env in envs)
+    return named and tested and isinstance(step, int | float)
+
+
+def read_checkpoints(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
+    """As ``read``, of a results file: lines that are no record of a run are skipped, too."""
+    return read(path, is_checkpoint)
+
+
+def read(
+    path: str | os.PathLike[str], is_record: Callable[[Any], bool] = has_args
+) -> tuple[list[dict[str, Any]], int]:
     """The records of one file, and how many lines were skipped as torn or foreign."""
     records, skipped = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -304,7 +326,7 @@ def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if isinstance(record, dict) and isinstance(record.get("args"), dict):
+            if is_record(record):
                 records.append(record)
             else:
                 skipped += 1
@@ -314,7 +336,7 @@ def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
 def iterate(directory: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The records of every job directly under a sweep's directory, jobs in name order; warns of skipped lines."""
     for path in sorted(Path(directory).glob(f"*/{RESULTS_FILE}")):
-        records, skipped = read(path)
+        records, skipped = read_checkpoints(path)
         if skipped:
             logger.warning("%s: skipped %d line(s) that hold no record", path, skipped)
         yield from records

@@ -243,5 +243,7 @@ def attribute(package: str, name: str, attribute: str, default: Any = None) -> A
     literals = _inherited(package, name) if facts and facts.registered else None
     if literals is not None and literals.get(attribute) is not _CODE:
         return literals.get(attribute, default)
-    module = importlib.import_module(f"domainbed.{package}")
-    return getattr(module.find(name), attribute, default)
+    module = f"domainbed.{package}"
+    if facts is None and module not in sys.modules and not os.environ.get(PLUGINS_VARIABLE):
+        raise NotImplementedError(not_found(package, name, names(package)))  # only an import could have brought it
+    return getattr(importlib.import_module(module).find(name), attribute, default)

@@ -206,10 +206,11 @@ def replicates(found: Iterable[Run]) -> dict[Run, int]:
     It is 0 throughout a random search, where each draw has one seed. Where a draw is trained again with other
     seeds, runs of equal rank are compared with each other, and the ranks are trials of their own.
     """
-    seeds: dict[Any, list[int]] = defaultdict(list)
+    same: dict[Any, list[Run]] = defaultdict(list)
     for run in found:
-        seeds[run[:-1]].append(run.seed)
-    return {run: sorted(seeds[run[:-1]]).index(run.seed) for run in found}
+        same[run[:-1]].append(run)
+    ranked = (sorted(some, key=lambda run: run.seed) if len(some) > 1 else some for some in same.values())
+    return {run: rank for some in ranked for rank, run in enumerate(some)}
 
 
 def for_domainbed(records: Iterable[Record]) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -11,7 +11,6 @@ from domainbed import records as keys
 from domainbed import registry
 from domainbed.console import format_row
 from domainbed.lib.query import Q
-from domainbed.lib.reporting import get_grouped_records
 from domainbed.model_selection import SelectionMethod
 from domainbed.rows import Run, declared, for_domainbed, meeting, replicates, row_names
 from domainbed.run_index import Collected
@@ -97,7 +96,9 @@ def _columns(dataset: str, names: Sequence[str], tested: Iterable[int]) -> dict[
     return {env: names[env] if env < len(names) else f"env{env}" for env in envs}
 
 
-Accs = dict[tuple[str, str], dict[Any, dict[int, float]]]  # (row name, dataset) -> trial -> test environment -> acc
+# (row name, dataset) -> trial, test environment, accuracy, in the order in which jobs come: means of floats depend on
+# the order, and DomainBed takes them as they come.
+Accs = dict[tuple[str, str], list[tuple[Any, int, float]]]
 Place = tuple[Any, str, str, int]  # trial, dataset, row name, test environment
 
 
@@ -125,16 +126,17 @@ def _results(source: Iterable[Record] | Collected) -> _Results:
 def _of_records(records: Iterable[Record]) -> _Results:
     renamed, algorithms = for_domainbed(records)
     datasets = in_order("datasets", (record["args"]["dataset"] for record in renamed))
-    groups = {
-        (group["trial_seed"], group["dataset"], group["algorithm"], group["test_env"]): group["records"]
-        for group in get_grouped_records(Q(renamed))
-    }
+    groups: dict[Place, list[Record]] = defaultdict(list)
+    for record in renamed:
+        args = record["args"]
+        for env in args["test_envs"]:
+            groups[args["trial_seed"], args["dataset"], args["algorithm"], env].append(record)
     shown = {dataset: columns(dataset, renamed) for dataset in datasets}
     return _Results(
         len(renamed),
         line_names(algorithms),
         shown,
-        lambda method: _by_line(((place, method.sweep_acc(group)) for place, group in groups.items())),
+        lambda method: _by_line((place, method.sweep_acc(Q(group))) for place, group in groups.items()),
     )
 
 
@@ -143,9 +145,9 @@ def _of_collected(collected: Collected) -> _Results:
     names, replicate = row_names(meeting(collected.runs).values()), replicates(collected.runs)
     groups: dict[Place, list[Run]] = defaultdict(list)
     tested: dict[str, set[int]] = defaultdict(set)
-    for run in collected.runs:
+    for run, parts in collected.runs.items():
         tested[run.dataset].update(run.test_envs)
-        for env in run.test_envs:
+        for env in parts[0].summary.test_envs:
             groups[(run.trial_seed, replicate[run]), run.dataset, names[run.row], env].append(run)
     shown = {}
     for dataset in in_order("datasets", tested):
@@ -153,39 +155,39 @@ def _of_collected(collected: Collected) -> _Results:
         if own is None:
             own = environment_names(dataset, collected.load(run for run in collected.runs if run.dataset == dataset))
         shown[dataset] = _columns(dataset, own, tested[dataset])
-    places = sorted(groups)
     return _Results(
         collected.total,
         line_names({names[run.row]: run.row.algorithm for run in collected.runs}),
         shown,
-        lambda method: _by_line((place, collected.sweep_acc(method, groups[place])) for place in places),
+        lambda method: _by_line((place, collected.sweep_acc(method, group)) for place, group in groups.items()),
     )
 
 
 def _by_line(found: Iterable[tuple[Place, float | None]]) -> Accs:
-    accs: Accs = {}
+    accs: Accs = defaultdict(list)
     for (trial, dataset, name, env), acc in found:
         if acc is not None:
-            accs.setdefault((name, dataset), {}).setdefault(trial, {})[env] = acc
+            accs[name, dataset].append((trial, env, acc))
     return accs
 
 
-def _dataset_rows(accs: Accs, names: Sequence[str], dataset: str, envs: Iterable[int], latex: bool) -> list[list[str]]:
-    rows = []
-    for name in names:
-        trials = accs.get((name, dataset), {}).values()
-        cells = [format_mean([trial[env] for trial in trials if env in trial], latex) for env in envs]
-        rows.append([*(cell for _, _, cell in cells), _row_average([mean for mean, _, _ in cells])])
-    return rows
+def _env_accs(accs: Accs, name: str, dataset: str, envs: Iterable[int]) -> list[list[float]]:
+    """The accuracies of a line of a dataset's table: of each environment, one per trial."""
+    found = accs.get((name, dataset), [])
+    return [[acc for _, other, acc in found if other == env] for env in envs]
 
 
-def _average_rows(accs: Accs, names: Sequence[str], datasets: Sequence[str], latex: bool) -> list[list[str]]:
-    rows = []
-    for name in names:
-        trials = [accs.get((name, dataset), {}).values() for dataset in datasets]
-        cells = [format_mean([float(np.mean(list(trial.values()))) for trial in some], latex) for some in trials]
-        rows.append([*(cell for _, _, cell in cells), _row_average([mean for mean, _, _ in cells])])
-    return rows
+def _trial_means(accs: Accs, name: str, dataset: str) -> list[float]:
+    """The mean over environments of each trial."""
+    found = accs.get((name, dataset), [])
+    trials = sorted({trial for trial, _, _ in found})
+    return [float(np.mean([acc for other, _, acc in found if other == trial])) for trial in trials]
+
+
+def _text_row(line: Iterable[Sequence[float]], latex: bool) -> list[str]:
+    """The cells of a line and their average."""
+    cells = [format_mean(accs, latex) for accs in line]
+    return [*(cell for _, _, cell in cells), _row_average([mean for mean, _, _ in cells])]
 
 
 def line_names(algorithms: Mapping[str, str]) -> list[str]:
@@ -208,11 +210,11 @@ def _method_tables(results: _Results, method: type[SelectionMethod], latex: bool
     for dataset, envs in results.columns.items():
         text += f"\n\\subsubsection{{{escape(dataset)}}}\n" if latex else ""
         header = f"Dataset: {dataset}, model selection method: {method.name}"
-        cells = _dataset_rows(accs, names, dataset, envs, latex)
+        cells = [_text_row(_env_accs(accs, name, dataset, envs), latex) for name in names]
         text += table_text(cells, header, names, ["Algorithm", *envs.values(), "Avg"], 20, latex)
     text += "\n\\subsubsection{Averages}\n" if latex else ""
     header = f"Averages, model selection method: {method.name}"
-    averages = _average_rows(accs, names, [*results.columns], latex)
+    averages = [_text_row([_trial_means(accs, name, dataset) for dataset in results.columns], latex) for name in names]
     return text + table_text(averages, header, names, ["Algorithm", *results.columns, "Avg"], 25, latex)
 
 
@@ -239,11 +241,9 @@ def domainbed_data(records: Iterable[Record] | Collected, methods: Iterable[type
     for method in methods:
         accs = results.accs(method)
         for dataset, envs in results.columns.items():
-            trials = [accs.get((name, dataset), {}).values() for name in names]
-            body = [[[trial[env] for trial in some if env in trial] for env in envs] for some in trials]
+            body = [_env_accs(accs, name, dataset, envs) for name in names]
             found.append(_data_table(f"Dataset: {dataset}", method, names, [*envs.values()], body))
-        trials_of = [[accs.get((name, dataset), {}).values() for dataset in results.columns] for name in names]
-        body = [[[float(np.mean(list(trial.values()))) for trial in some] for some in row] for row in trials_of]
+        body = [[_trial_means(accs, name, dataset) for dataset in results.columns] for name in names]
         found.append(_data_table("Averages", method, names, [*results.columns], body))
     return found
 

@@ -23,7 +23,7 @@ from domainbed.run_index import collect
 
 METHODS = (IIDAccuracySelectionMethod, LeaveOneOutSelectionMethod, OracleSelectionMethod)
 RECORDED = Path(__file__).parent / "domainbed_output"
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 36]
 ENVIRONMENTS = {"Debug28": 3, "ColoredMNIST": 3, "RotatedMNIST": 6, "VLCS": 4, "PACS": 4, "TerraIncognita": 4}
 ALGORITHMS = ["Mine", "ERM", "My_Long_Method_With_A_Name", "IRM", "DANN", "GroupDRO", "CORAL"]
 

@@ -12,6 +12,8 @@ import pytest
 from domainbed import records
 from domainbed.evaluation import Accuracy, measure
 
+ARGS = {"algorithm": "ERM", "dataset": "Debug28", "test_envs": [0]}
+
 
 def test_keys() -> None:
     assert records.acc_key(1, "out") == "env1_out_acc"
@@ -58,11 +60,23 @@ def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path: Path) -> No
     assert records.read(path) == ([{"step": 1, "args": {}}], 0)
 
 
+def test_a_line_that_tables_can_make_nothing_of_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for record in ({"step": 1, "args": ARGS}, {"step": "x", "args": ARGS}, {"step": 1, "args": {}}):
+        records.append(path, record)
+    assert records.read_checkpoints(path) == ([{"step": 1, "args": ARGS}], 2)
+
+
+def test_only_numbered_groups_count() -> None:
+    record = {"env0_in_grad_n": 3.0, "env0_in_g1_acc": 0.5, "env0_in_g1_n": 4, "env0_in_gx_acc": 1.0}
+    assert records.group_metrics(record, 0, "in") == ({1: 0.5}, {1: 4})
+
+
 def test_jobs_are_read_in_name_order_and_not_recursively(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("b", "a", "a/deeper", "empty"):
         (tmp_path / name).mkdir()
         if name != "empty":
-            records.append(tmp_path / name / "results.jsonl", {"job": name, "args": {}})
+            records.append(tmp_path / name / "results.jsonl", {"job": name, "step": 0, "args": ARGS})
     with open(tmp_path / "b" / "results.jsonl", "a") as file:
         file.write('{"torn')
     assert [record["job"] for record in records.iterate(tmp_path)] == ["a", "b"]

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from domainbed import records as keys
-from domainbed.condensing.lines import Keys, Line, Segment, Values, is_number
+from domainbed.condensing.lines import Keys, Line, Segment, Values, numbers
 from domainbed.model_selection import (
     CRITERIA,
     IIDAccuracySelectionMethod,
@@ -130,8 +130,8 @@ def _scores(lines: Sequence[Values], plan: Plan) -> Iterator[list[float]]:
     """Of lines of one shape, by each way of choosing that can judge them."""
     sums = {places for places in (plan.iid and plan.iid[0], plan.accuracy) if places}
     for places in sums:
-        numbers = itemgetter(*places) if len(places) > 1 else lambda line, i=places[0]: (line[i],)
-        yield [math.fsum(numbers(line)) for line in lines]
+        accs = itemgetter(*places) if len(places) > 1 else lambda line, i=places[0]: (line[i],)
+        yield [math.fsum(accs(line)) for line in lines]
     if plan.validation is None or plan.test is None:
         return
     validation = _pooled(lines, plan.validation)
@@ -280,12 +280,11 @@ def _oracle(lines: Sequence[Line], plans: Sequence[Plan], steps: Sequence[float]
     places = plans[shape].oracle
     if places is None:
         return Judged(None, 1, 1)
-    return Judged((mean_acc([values[places[0]]]), float(values[places[1]])), 0, 1)
+    return Judged((float(values[places[0]]), float(values[places[1]])), 0, 1)
 
 
 def _timing(segment: Segment, steps: Sequence[float]) -> Timing:
-    columns = (segment.column(key) for key in ("step_time", "mem_gb", "epoch"))
-    times, memory, epochs = ([value for value in column if is_number(value)] for column in columns)
+    times, memory, epochs = (numbers(segment.column(key)) for key in ("step_time", "mem_gb", "epoch"))
     later = times[1:] or times
     step_time = sum(later) / len(later) if later else None
     per_epoch = steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else None

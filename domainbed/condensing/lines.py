@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from domainbed.records import is_checkpoint
+
 Keys = tuple[str, ...]
 Values = Sequence[Any]
 Line = tuple[int, Values]  # of a record: the number of its shape, and what stands under the shape's keys
@@ -65,7 +67,7 @@ def parse(data: bytes) -> tuple[list[Segment], int]:
 def _regular(data: bytes) -> Segment | None:
     """The one segment of a file whose lines have the same keys, arguments and hparams; None for any other file."""
     first = msgspec.json.decode(data[: data.find(b"\n") + 1])
-    if not data.endswith(b"\n") or b"\r" in data or not _is_record(first):
+    if not data.endswith(b"\n") or b"\r" in data or not is_checkpoint(first):
         return None
     shape = tuple(first)
     structs = _decoder(shape).decode_lines(data)
@@ -73,10 +75,10 @@ def _regular(data: bytes) -> Segment | None:
     if data.count(b"\n") != len(lines):
         return None
     shared = [i for i, key in enumerate(shape) if key in SHARED]
-    if any(line[i] != lines[0][i] for i in shared for line in lines):
+    if any([line[i] for line in lines].count(lines[0][i]) < len(lines) for i in shared):
         return None
     segment = Segment(first["args"], first.get("hparams"), [shape], [(0, line) for line in lines])
-    return segment if all(map(is_number, segment.column("step"))) else None
+    return segment if len(numbers(segment.column("step"))) == len(lines) else None
 
 
 def _irregular(data: bytes) -> tuple[list[Segment], int]:
@@ -88,7 +90,7 @@ def _irregular(data: bytes) -> tuple[list[Segment], int]:
         if not text.strip():
             continue
         record = _decoded(line, text)
-        if not _is_record(record):
+        if not is_checkpoint(record):
             skipped += 1
             continue
         segment = next((s for s in segments if _same(s, record)), None)
@@ -117,17 +119,10 @@ def _same(segment: Segment, record: dict[str, Any]) -> bool:
     return bool(segment.args == record["args"] and segment.hparams == record.get("hparams"))
 
 
-def _is_record(record: Any) -> bool:
-    args = record.get("args") if isinstance(record, dict) else None
-    return (
-        isinstance(args, dict)
-        and isinstance(args.get("algorithm"), str)
-        and isinstance(args.get("dataset"), str)
-        and isinstance(args.get("test_envs"), list)
-        and all(isinstance(env, int) for env in args["test_envs"])
-        and is_number(record.get("step"))
-    )
-
-
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float)
+
+
+def numbers(values: list[Any]) -> list[float]:
+    """Those of the values that are numbers."""
+    return values if set(map(type, values)) <= {int, float} else [value for value in values if is_number(value)]

@@ -132,7 +132,7 @@ def _read_files(sweep: Sweep, run: RunFacts, criterion: str) -> None:
     run.versions = _versions(place / "out.txt")
     run.models = {path.name: path.stat().st_size for path in sorted(place.glob("model*.pkl"))}
     try:
-        found, skipped = records.read(place / records.RESULTS_FILE)
+        found, skipped = records.read_checkpoints(place / records.RESULTS_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return
     sweep.total += len(found)

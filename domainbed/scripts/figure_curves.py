@@ -43,5 +43,5 @@ def _of_runs(directories: list[Path]) -> list[dict[str, Any]]:
         file = directory / records.RESULTS_FILE
         if not file.exists():
             raise FileNotFoundError(f"{directory} holds no {records.RESULTS_FILE}; name the directory of a run")
-        found += records.read(file)[0]
+        found += records.read_checkpoints(file)[0]
     return found

@@ -195,7 +195,7 @@ def _runs(directory: Path) -> tuple[dict[Run, Path], list[dict[str, Any]]]:
     """Where each run of a sweep lies, and all their records."""
     directories, found = {}, []
     for path in sorted(directory.glob(f"*/{records.RESULTS_FILE}")):
-        own = records.read(path)[0]
+        own = records.read_checkpoints(path)[0]
         found += own
         if own:
             directories[Run.of(own[0]["args"])] = path.parent

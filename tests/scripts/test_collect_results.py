@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from domainbed.model_selection import IIDAccuracySelectionMethod
-from domainbed.run_index import INDEX_FILE
 from domainbed.scripts import BadInput, collect_results
 
 
@@ -226,7 +225,7 @@ class TestMain:
             collect_results.main(["--input_dir", str(directory)])
         with pytest.raises(BadInput, match="nowhere is no directory"):
             collect_results.main(["--input_dir", str(directory / "nowhere")])
-        assert {path.name for path in directory.iterdir()} == {"job0", INDEX_FILE}
+        assert {path.name for path in directory.iterdir()} == {"job0"}
 
     def test_as_a_command(self, sweep):
         directory = sweep([])
