@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from domainbed import model_selection, records, rows, states
 from domainbed.commands import program, train_command
 from domainbed.interruption import EXIT_PREEMPTED
@@ -87,6 +89,7 @@ def train(algorithm: str, dataset: str, output_dir: Place, *, progress: bool = T
 
     Raises:
         TypeError: no such flag.
+        ValueError: a flag's list is empty.
         TrainingFailed: it did not end well.
     """
     args = _train_args({"algorithm": algorithm, "dataset": dataset, "output_dir": os.fspath(output_dir), **flags})
@@ -111,24 +114,33 @@ def train(algorithm: str, dataset: str, output_dir: Place, *, progress: bool = T
 
 
 def _train_args(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as the command line takes them; what is None, False or [] is left out.
+    """The arguments as the command line takes them; what is None, False or an empty list by default is left out.
 
     Raises:
         TypeError: no such flag.
+        ValueError: another empty list.
     """
     from domainbed.scripts.train_arguments import parser
 
-    known = [action.dest for action in parser()._actions if action.dest != "help"]
+    known = {action.dest: action.default for action in parser()._actions if action.dest != "help"}
     for name in given:
         if name not in known:
-            raise TypeError(not_found("flag of train", name, known))
+            raise TypeError(not_found("flag of train", name, list(known)))
     if not isinstance(given["algorithm"], str) or not isinstance(given["dataset"], str):
         raise TypeError("algorithm and dataset are names; $DOMAINBED_PLUGINS names the files of classes of your own")
-    return {
-        name: records.dumps(value) if isinstance(value, dict) else value
-        for name, value in given.items()
-        if value is not None and value is not False and value != []
-    }
+    plain = {name: _plain(value) for name, value in given.items()}
+    for name, value in plain.items():
+        if value == [] and known[name] != []:
+            raise ValueError(f"{name}=[] is empty; give one value or more, or leave it out for the default")
+    return {name: value for name, value in plain.items() if value is not None and value is not False and value != []}
+
+
+def _plain(value: Any) -> Any:
+    """Dicts as JSON, NumPy's numbers and arrays as Python's, tuples as lists."""
+    if isinstance(value, dict):
+        return records.dumps(value)
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _follow(process: "subprocess.Popen[str]", directory: Path, say: Callable[[str], object]) -> Sequence[str]:

@@ -204,7 +204,7 @@ def _difference_cell(found: Difference | None) -> table_formats.Cell | str:
     if found is None:
         return MISSING
     interval = found.interval and f" [{_points(found.interval[0])}, {_points(found.interval[1])}]"
-    names = ("low", "high", "bootstrap low", "bootstrap high")
+    names = ("low", "high", "bootstrap_low", "bootstrap_high")
     bounds = (*(found.interval or (None, None)), *(found.bootstrap or (None, None)))
     values = {"mean": found.mean, "n": found.n, **dict(zip(names, bounds, strict=True))}
     return table_formats.Cell(_points(found.mean) + (interval or ""), values)

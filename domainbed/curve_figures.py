@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ Course = dict[str, dict[int, float]]  # AA, WGA and each group's name -> step ->
 
 GROUP, AVERAGE = COLOURS[5], COLOURS[-1]
 MOST_COLUMNS = 4
+LETTERS = 30  # of a title, in a line above a panel
 
 
 def curves(
@@ -104,26 +106,33 @@ def _curve_panels(selected: Selected, panels: Mapping[tuple[Cell, str], list[Cou
             courses, choices = panels[cell, name], selected.chosen[cell, name]
             _curve_panel(ax, courses, choices)
             worst = _worst(courses, choices)
-            ax.set_title(f"{name}\nworst: {worst}" if worst else name, fontsize=FONT["title"] - 0.5)
+            words = [name, *([f"worst: {worst}"] if worst else [])]
+            ax.set_title("\n".join(fill(some, LETTERS) for some in words), fontsize=FONT["title"] - 0.5)
         for ax in row[len(names) :]:
             ax.set_visible(False)
         row[0].set_ylabel(f"{selected.titles[cell]}\naccuracy (%)", fontsize=FONT["text"])
     for ax in axes[-1]:
         ax.set_xlabel("step", fontsize=FONT["text"])
-    figure.legend(handles=_curve_legend(), loc="outside lower center", ncols=2, fontsize=FONT["text"], frameon=False)
+    handles = _curve_legend(any(len(courses) > 1 for courses in panels.values()))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=FONT["text"], frameon=False)
     entitle(figure, title)
     return figure
 
 
-def _curve_legend() -> list[Any]:
+def _curve_legend(several: bool) -> list[Any]:
+    """What the lines are.
+
+    Args:
+        several: whether some panel shows more than one seed.
+    """
     from matplotlib.lines import Line2D
 
-    worst = "worst-group accuracy (mean; band: all seeds)"
+    mean, band, seed = (" (mean)", " (mean; band: all seeds)", " of a seed") if several else ("", "", "")
     return [
-        Line2D([], [], color=WORST, linewidth=2.4, label=worst),
-        Line2D([], [], color=GROUP, linewidth=0.9, label="each group (mean)"),
-        Line2D([], [], color=AVERAGE, linewidth=1.2, linestyle="--", label="average accuracy (mean)"),
-        Line2D([], [], color=WORST, marker="v", linestyle="", markeredgecolor="black", label="chosen step of a seed"),
+        Line2D([], [], color=WORST, linewidth=2.4, label=f"worst-group accuracy{band}"),
+        Line2D([], [], color=GROUP, linewidth=0.9, label=f"each group{mean}"),
+        Line2D([], [], color=AVERAGE, linewidth=1.2, linestyle="--", label=f"average accuracy{mean}"),
+        Line2D([], [], color=WORST, marker="v", linestyle="", markeredgecolor="black", label=f"chosen step{seed}"),
     ]
 
 
@@ -155,7 +164,9 @@ def _over_seeds(
 
 def _courses_in_words(selected: Selected, panels: Mapping[tuple[Cell, str], list[Course]], where: str) -> str:
     parts = []
-    for (cell, name), courses in panels.items():
+    shown = [(cell, name) for cell in selected.titles for name in selected.names if (cell, name) in panels]
+    for cell, name in shown:
+        courses = panels[cell, name]
         steps, means = _over_seeds(courses, "WGA", np.mean)
         if steps:
             worst = _worst(courses, selected.chosen[cell, name])

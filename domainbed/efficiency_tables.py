@@ -45,8 +45,9 @@ class Cost(NamedTuple):
     mem_gb: float | None
 
     @classmethod
-    def of(cls, step_time_s: float | None, steps_per_epoch: float | None, mem_gb: float | None) -> "Cost":
-        return cls(step_time_s * steps_per_epoch if step_time_s and steps_per_epoch else None, mem_gb or None)
+    def of(cls, timing: Timing) -> "Cost":
+        step_time_s, steps_per_epoch = timing.step_time_s, timing.steps_per_epoch
+        return cls(step_time_s * steps_per_epoch if step_time_s and steps_per_epoch else None, timing.mem_gb or None)
 
 
 def efficiency_tables(
@@ -112,18 +113,14 @@ def _is(row: Row, line: Line, names: Mapping[Row, str]) -> bool:
 def _cost(run: Run, by_run: Mapping[Run, Sequence[Record]], timings: Mapping[Run, Timing] | None) -> Cost:
     if timings is None:
         return cost(by_run[run])
-    timing = timings[run]
-    return Cost.of(timing.step_time_s, timing.steps_per_epoch, timing.mem_gb)
+    return Cost.of(timings[run])
 
 
 def cost(checkpoints: Iterable[Record]) -> Cost:
     """Of a run whose records are all there."""
-    in_order = sorted(checkpoints, key=lambda record: record["step"])
-    times = [record["step_time"] for record in in_order if "step_time" in record]
-    per_epoch = [record["step"] / record["epoch"] for record in in_order if record.get("epoch")]
-    memory = [record["mem_gb"] for record in in_order if "mem_gb" in record]
-    mean = fmean(times[1:] or times) if times else None
-    return Cost.of(mean, per_epoch[-1] if per_epoch else None, max(memory, default=None))
+    found = list(checkpoints)
+    columns = ([record.get(key) for record in found] for key in ("step_time", "mem_gb", "epoch"))
+    return Cost.of(Timing.of([record["step"] for record in found], *columns))
 
 
 def seconds_per_epoch(checkpoints: Iterable[Record]) -> float | None:

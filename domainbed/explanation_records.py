@@ -4,6 +4,7 @@ A line holds ``args`` of the run, ``explained`` (what was explained, and how) an
 its groups, how many images were looked at, and how many the split has.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from domainbed import records
 
 if TYPE_CHECKING:
     from domainbed.evaluation import ExplanationPlan, Explanations
+
+logger = logging.getLogger(__name__)
 
 EXPLANATIONS_FILE = "explanations.jsonl"
 
@@ -142,11 +145,31 @@ def _of(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {name: record[prefix + name] for name in own}
 
 
+def is_explained(record: Any) -> bool:
+    """Whether what a file's line holds says which run it is of, and what was explained."""
+    explained = records.names_run(record) and record.get("explained")
+    if not isinstance(explained, dict) or not isinstance(explained.get("fills"), list):
+        return False
+    try:
+        settings = asdict(settings_of(record))
+    except TypeError:  # keys that are missing, or of another version
+        return False
+    numbers = ("step", "n", "seed")
+    fitting = all(isinstance(value, int if key in numbers else str) for key, value in settings.items())
+    return fitting and all(isinstance(fill, str) for fill in explained["fills"])
+
+
 def read(directory: str | Path) -> list[dict[str, Any]]:
-    """A run's lines, those of equal settings as one: a number that was measured again replaces the earlier one."""
+    """A run's lines, those of equal settings as one: a number that was measured again replaces the earlier one.
+
+    Warns of lines that hold no explanations, and skips them.
+    """
     path = Path(directory, EXPLANATIONS_FILE)
+    lines, skipped = records.read(path, is_explained) if path.is_file() else ([], 0)
+    if skipped:
+        logger.warning("%s: skipped %d line(s) that hold no explanations", path, skipped)
     found: dict[Settings, dict[str, Any]] = {}
-    for record in records.read(path)[0] if path.exists() else ():
+    for record in lines:
         earlier = found.get(settings_of(record), {"explained": {"fills": []}})
         fills = dict.fromkeys([*earlier["explained"]["fills"], *record["explained"]["fills"]])
         explained = record["explained"] | {"fills": list(fills)}

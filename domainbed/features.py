@@ -18,6 +18,7 @@ from domainbed.loaders import evaluation_batches
 from domainbed.splits import Split
 
 IMAGES = 2000
+CONSTANT = 1e-6  # a feature whose std is at most this share of its mean is a constant with float32's rounding
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,11 @@ def label_alone(found: Features, seed: int = 0) -> Floats:
 
 
 def project(x: Floats) -> Floats:
-    """(n, 2): the two directions in which standardised features (n, D) vary most."""
-    scaled = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), np.finfo(np.float32).tiny)
+    """(n, 2): the two directions in which standardised features (n, D) vary most; those that only round are left 0."""
+    precise = np.asarray(x, dtype=np.float64)
+    mean, std = precise.mean(axis=0), precise.std(axis=0)
+    varies = std > CONSTANT * np.abs(mean)
+    scaled = np.where(varies, (precise - mean) / np.where(varies, std, 1.0), 0.0)
     _, _, directions = np.linalg.svd(scaled, full_matrices=False)
     found: Floats = scaled @ directions[:2].T
     return found

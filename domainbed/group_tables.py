@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -145,15 +145,34 @@ def protocol_notes(found: Iterable[Run]) -> list[str]:
     draws = defaultdict(set)
     for run in found:
         draws[run.row, run.cell, run.trial_seed].add(run.hparams_seed)
-    several = sorted({len(seeds) for seeds in draws.values() if len(seeds) > 1})
-    single = [run for run in found if len(draws[run.row, run.cell, run.trial_seed]) == 1]
+    searched = {(row, cell) for (row, cell, _), seeds in draws.items() if len(seeds) > 1}
+    several = sorted({len(seeds) for (row, cell, _), seeds in draws.items() if (row, cell) in searched})
+    single = [run for run in found if (run.row, run.cell) not in searched]
     notes = [f"the best of {_span(several)} draws of the hparams per trial (search)"] if several else []
     if single:
-        name = "trial_seed" if len({run.trial_seed for run in single}) > 1 else "seed"
-        seeds = sorted({getattr(run, name) for run in single})
-        listed = f"{name} {', '.join(map(str, seeds))}" if len(seeds) <= MOST_SEEDS else f"{len(seeds)} {name}s"
-        notes.append(f"one draw of the hparams, {listed} (fixed or refit)")
+        notes.append(f"one draw of the hparams, {' or '.join(_seeds(single))} (fixed or refit)")
     return [f"Protocol: {'; for other lines '.join(notes)}."] if notes else []
+
+
+def _seeds(single: Iterable[Run]) -> list[str]:
+    """The seeds of runs that no search chose among: of each row and cell those in which its own runs differ.
+
+    A run without another of its row and cell is listed as the others are.
+    """
+    lines: dict[tuple[Row, Cell], set[Run]] = defaultdict(set)
+    for run in single:
+        lines[run.row, run.cell].add(run)
+    several = any(len({run.trial_seed for run in some}) > 1 for some in lines.values())
+    found: dict[str, set[int]] = {"trial_seed": set(), "seed": set()}
+    for some in lines.values():
+        by_trial = several if len(some) == 1 else len({run.trial_seed for run in some}) > 1
+        name = "trial_seed" if by_trial else "seed"
+        found[name] |= {getattr(run, name) for run in some}
+    return [_listed(name, seeds) for name, seeds in found.items() if seeds]
+
+
+def _listed(name: str, seeds: Collection[int]) -> str:
+    return f"{len(seeds)} {name}s" if len(seeds) > MOST_SEEDS else f"{name} {', '.join(map(str, sorted(seeds)))}"
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -262,7 +262,7 @@ class _Line:
             tracker = REGISTRY[self.name](run)
             while (call := self.calls.get()) is not None:
                 call(tracker)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
             logger.warning("no more is logged to %s, the training goes on: %s", self.name, cause)
 

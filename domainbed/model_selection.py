@@ -45,21 +45,25 @@ def mean_acc(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _present(accs: Iterable[Any], records: Sequence[Record]) -> list[Any]:
-    """The accs that are not None, with a warning about the others."""
+def _present(accs: Iterable[Any], records: Sequence[Record], counted: bool = True) -> list[Any]:
+    """The accs that are not None, with a warning about the others.
+
+    Args:
+        counted: say how many; not where the records may be a part of the run's (``run_index.Collected.records``).
+    """
     found = list(accs)
     present = [acc for acc in found if acc is not None]
     if len(present) < len(found):
         args = records[0]["args"]
         name = f"{args['algorithm']}, {args['dataset']}, test_envs {args['test_envs']}, seed {args.get('seed')}"
-        warn_lacking(len(found) - len(present), len(found), name)
+        warn_lacking(f"{len(found) - len(present)} of {len(found)}" if counted else "some", name)
     return present
 
 
-def warn_lacking(lacking: int, total: int, run: str) -> None:
+def warn_lacking(how_many: str, run: str) -> None:
     """Says that some checkpoints of a run can't be chosen."""
-    message = "left out %d of %d checkpoints of a run (%s): they lack an accuracy that its selection needs"
-    logger.warning(message, lacking, total, run)
+    message = "left out %s checkpoints of a run (%s): they lack an accuracy that its selection needs"
+    logger.warning(message, how_many, run)
 
 
 def _val_acc(acc: Accs) -> float:
@@ -237,7 +241,7 @@ def _best(by_run: Mapping[Run, Sequence[Record]], judge: Callable[[Run, int, Rec
     for run in sorted(by_run, key=lambda run: (run.trial_seed, run.hparams_seed, run.seed)):
         checkpoints = sorted(by_run[run], key=lambda record: record["step"])
         judged = [judge(run, replicate[run], record) for record in checkpoints]
-        trials[run.row, run.cell, run.trial_seed, replicate[run]] += _present(judged, checkpoints)
+        trials[run.row, run.cell, run.trial_seed, replicate[run]] += _present(judged, checkpoints, counted=False)
     best = (max(judged, key=lambda checkpoint: checkpoint.score) for judged in trials.values() if judged)
     return [checkpoint for checkpoint in best if checkpoint.score > float("-inf")]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from domainbed import figures, images, input_pipelines, saved_models
+from domainbed import figures, images, input_pipelines, registry, saved_models
 from domainbed.algorithms import get_algorithm_class
 from domainbed.evaluation import autocast
 from domainbed.explainers import Explainer
@@ -33,6 +33,17 @@ DPI = 72  # of figures in a notebook
 
 Item = Union[str, "os.PathLike[str]", Image.Image]
 Given = Item | Iterable[Item] | Tensor
+
+
+def normalises(shape: Sequence[int], size: str, said: bool | None) -> bool:
+    """Whether a dataset's images reach networks by ImageNet's means and deviations.
+
+    Args:
+        shape: of the input.
+        size, said: the class's ``HPARAMS_SIZE`` and ``NORMALISED``; if it says nothing, large images of three channels
+            are normalised, small ones are not.
+    """
+    return len(shape) == 3 and shape[0] == 3 and (size == "large" if said is None else bool(said))
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,18 @@ class Input:
     def of(cls, dataset: str, shape: Sequence[int]) -> "Input":
         """The input of networks trained on the dataset of this name.
 
-        The class may say it (``NORMALISED``); else large images of three channels are normalised, small ones are not.
+        Raises:
+            ValueError: there is no such dataset here.
         """
-        large = declared("datasets", dataset, "HPARAMS_SIZE", "large") == "large"
-        said = declared("datasets", dataset, "NORMALISED")
-        return cls(tuple(shape), shape[0] == 3 and (large if said is None else said))
+        try:
+            size = registry.attribute("datasets", dataset, "HPARAMS_SIZE", "large")
+            said = registry.attribute("datasets", dataset, "NORMALISED")
+        except (NotImplementedError, ImportError) as error:
+            advice = f"name the file of its class in ${registry.PLUGINS_VARIABLE}"
+            if registry.is_file(dataset):
+                advice = "its path counts from where the run was started: work there"
+            raise ValueError(f"how images of {dataset} are opened is not known here ({error}); {advice}") from error
+        return cls(tuple(shape), normalises(shape, size, said))
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """The picture as (C, H, W) uint8."""
@@ -94,6 +112,8 @@ class Input:
         self, given: Given, device: torch.device, batch_size: int = BATCH
     ) -> Iterator[tuple[list[str], Tensor]]:
         """Names and network input of the images, some at a time."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: give 1 or more")
         items = _items(given)
         for start in range(0, len(items), batch_size):
             some = items[start : start + batch_size]
@@ -116,6 +136,8 @@ class Input:
     def _checked(self, x: Tensor, device: torch.device) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"images {tuple(x.shape)} do not fit this network; it takes (B, *{self.shape})")
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise ValueError(f"images of {x.dtype}; give uint8 pixels, or floats as the network takes them")
         x = x.to(device)
         return self.finish(x) if x.dtype == torch.uint8 else x.float()
 
@@ -180,8 +202,11 @@ class Predictor:
         self.step = saved_models.step_of(file, content)
         algorithm_class = get_algorithm_class(self.args["algorithm"])
         self.algorithm = saved_models.restore(content, algorithm_class, device).eval()
-        self.input = Input.of(self.args["dataset"], content["model_input_shape"])
-        self.class_names = _names(self.args["dataset"], content["model_num_classes"], class_names)
+        shape, dataset = tuple(content["model_input_shape"]), self.args["dataset"]
+        told = "normalised" in content  # models of DomainBed and of older versions say nothing of the dataset
+        self.input = Input(shape, content["normalised"]) if told else Input.of(dataset, shape)
+        own = content["class_names"] if "class_names" in content else declared("datasets", dataset, "CLASSES")
+        self.class_names = _names(own or (), content["model_num_classes"], class_names)
 
     def __repr__(self) -> str:
         when = f"of step {self.step}" if self.step >= 0 else "of an unknown step"
@@ -250,18 +275,22 @@ class Predictor:
         """A figure of the first n images, and below them where the model looks and what it predicts.
 
         Args:
-            labels: the true classes, if they are known; frames tell right from wrong.
+            labels: the true class of each image, if they are known; frames tell right from wrong.
 
         Raises:
             ImportError: Matplotlib is missing.
+            ValueError: as ``predict``, or n or the labels are none that can be shown.
         """
         figures.figure_class()
-        chosen = _items(images)[:n]
+        if n < 1:
+            raise ValueError(f"n={n}: give 1 or more")
+        items = _items(images)
+        true = None if labels is None else _true(labels, len(items), len(self.class_names))[:n]
+        chosen = items[:n]
         found, heatmaps = self.predict(chosen), self.explain(chosen, method)
         captions = [f"{name}, {p.max():.0%}" for name, p in zip(found.names, found.probabilities, strict=True)]
         titles, correct = [Path(file).name for file in found.files], None
-        if labels is not None:
-            true = np.asarray(labels)[: len(found)]
+        if true is not None:
             titles, correct = [self.class_names[y] for y in true], found.labels == true
         x = torch.cat([x.cpu() for _, x in self.input.batches(chosen, self.device)])
         strip = figures.Strip(f"{self.args['algorithm']}\n{method}", heatmaps, captions=captions, correct=correct)
@@ -307,6 +336,8 @@ def _items(given: Given) -> Any:
     """A tensor as it is; anything else as a list of paths of files and pictures."""
     if isinstance(given, str | os.PathLike | Image.Image):
         given = [given]
+    if not isinstance(given, Iterable) or (isinstance(given, np.ndarray) and given.dtype.kind not in "OU"):
+        raise _no_image(given)
     items = given if isinstance(given, Tensor) else [item for one in given for item in _each(one)]
     if not len(items):
         raise ValueError("no images; give a folder, files, pictures of PIL or a tensor (B, C, H, W)")
@@ -318,14 +349,32 @@ def _each(one: Any) -> Sequence[Path | Image.Image]:
         return [one]
     if isinstance(one, str | os.PathLike):
         return find_files([one])
-    raise TypeError(
-        f"an image is a path or a picture of PIL, not {type(one).__name__}; torch.stack makes one of tensors"
-    )
+    raise _no_image(one)
 
 
-def _names(dataset: str, count: int, given: Sequence[str]) -> list[str]:
-    """The given names, else those that the dataset's class declares, else numbers."""
-    names = list(given) or list(declared("datasets", dataset, "CLASSES") or ())
+def _no_image(given: Any) -> TypeError:
+    what = f"an image is a path or a picture of PIL, not {type(given).__name__}"
+    return TypeError(f"{what}; torch.stack makes a tensor (B, C, H, W) of tensors, torch.from_numpy one of an array")
+
+
+def _true(labels: Any, images: int, classes: int) -> NDArray[np.int64]:
+    """The labels as an array (B,).
+
+    Raises:
+        ValueError: they are not one class of each image.
+    """
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if found.shape != (images,):
+        raise ValueError(f"labels of shape {found.shape} and {images} images; give one label of each image")
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= classes:
+        came = ", ".join(map(str, np.unique(found)[:8]))
+        raise ValueError(f"labels {came}; give whole numbers of 0 to {classes - 1}, one of each image")
+    return found.astype(np.int64)
+
+
+def _names(own: Sequence[str], count: int, given: Sequence[str]) -> list[str]:
+    """The given names, else the dataset's own, else numbers."""
+    names = list(given) or list(own)
     if given and len(given) != count:
         raise ValueError(f"class_names has {len(given)} names, and the model {count} classes")
     return names if len(names) == count else [f"y={label}" for label in range(count)]

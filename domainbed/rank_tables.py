@@ -1,5 +1,6 @@
 """Our table of ranks: how rows rank over datasets by worst-group accuracy, and whether the ranks tell them apart."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,18 +38,19 @@ def ranked(records: Iterable[Record]) -> tuple[list[str], Ranks]:
 def _scores(
     by_run: Mapping[Run, list[Record]],
 ) -> tuple[list[str], dict[Cell, dict[str, float]], dict[Row, str]]:
-    """Names in order; the mean WGA of each name in each complete dataset; the name of each row."""
+    """Names in order; the mean WGA of each name in each dataset where no row lacks it; the name of each row."""
     met = meeting(by_run)
     names = row_names(met.values())
     found: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cell_titles(met)}
     for choice in choose([record for checkpoints in by_run.values() for record in checkpoints], CRITERION):
         found[choice.run.cell].setdefault(names[choice.run.row], []).append(choice.test.wga)
     order = line_names({name: row.algorithm for row, name in names.items()})
-    complete = {
+    means = {
         cell: {name: float(np.mean(values[name])) for name in order}
         for cell, values in found.items()
         if values.keys() >= set(order)
     }
+    complete = {cell: scores for cell, scores in means.items() if not any(map(math.isnan, scores.values()))}
     return (order, complete, names) if complete and len(order) > 1 else ([], {}, names)
 
 
@@ -66,7 +68,7 @@ def rank_tables(records: Iterable[Record]) -> list[Table]:
     ]
     left_out = [title for cell, title in titles.items() if cell not in scores]
     notes = [*NOTES, f"Datasets: {', '.join(titles[cell] for cell in scores)}.", *protocol_notes(by_run)]
-    notes += [f"Left out, as some row has no results there: {', '.join(left_out)}."] if left_out else []
+    notes += [f"Left out, as some row has no WGA there: {', '.join(left_out)}."] if left_out else []
     title = f"Average ranks over {ranks.n} dataset{'s' if ranks.n > 1 else ''} by WGA, {selected_by(CRITERION)}"
     return [Table(title, notes, ["Row", "Mean rank"], rows, [verdict(ranks)])]
 
@@ -75,7 +77,7 @@ def verdict(ranks: Ranks) -> str:
     """What the ranks allow one to say, in a sentence."""
     few = f"Too few datasets ({ranks.n}; at least {LEAST_DATASETS}) to tell rows apart by their ranks"
     if ranks.friedman_p is None:
-        return f"{few}, or no row ever differs."
+        return "No row ever differs." if len(set(ranks.mean)) == 1 else f"{few}."
     p = "p < 0.001" if ranks.friedman_p < 0.001 else f"p = {ranks.friedman_p:.3f}"
     test = f"Friedman: {p}; Nemenyi's critical difference at {LEVEL}: {ranks.critical_difference:.2f}."
     if ranks.n < LEAST_DATASETS:

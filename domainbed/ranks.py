@@ -45,8 +45,8 @@ def average_ranks(scores: Sequence[Sequence[float]]) -> Ranks:
 
 
 def _ranks(scores: Sequence[float]) -> list[float]:
-    """The rank of each score, the highest first; ties share their mean rank."""
-    some = np.asarray(scores, dtype=float)
+    """The rank of each score, the highest first; ties, also those up to rounding, share their mean rank."""
+    some = np.round(np.asarray(scores, dtype=float), 12)
     return [float((some > score).sum() + ((some == score).sum() + 1) / 2) for score in some]
 
 

@@ -128,7 +128,7 @@ def time(records: Iterable[Record], criterion: str = "aa_wga", timings: Mapping[
     points = {}
     for place, some in selected.chosen.items():
         timed = [
-            (cost(run).epoch_s if timings is None else _epoch_s(timings[choice.run]), 100 * choice.test.wga)
+            (cost(run).epoch_s if timings is None else Cost.of(timings[choice.run]).epoch_s, 100 * choice.test.wga)
             for run, choice in zip(selected.checkpoints[place], some, strict=True)
         ]
         known = [(seconds, wga) for seconds, wga in timed if seconds is not None]
@@ -140,10 +140,6 @@ def time(records: Iterable[Record], criterion: str = "aa_wga", timings: Mapping[
     labels = ("seconds per epoch, evaluation not counted", "worst-group accuracy (%)")
     figure = _clouds(selected, points, title, labels)
     return Picture(figure, title, _in_words(selected, points, "{:.2f} s per epoch", "worst-group accuracy"))
-
-
-def _epoch_s(timing: Timing) -> float | None:
-    return Cost.of(timing.step_time_s, timing.steps_per_epoch, timing.mem_gb).epoch_s
 
 
 def _clouds(
@@ -169,10 +165,16 @@ def _clouds(
         ax.set_ylabel(labels[1], fontsize=FONT["text"])
     for ax in axes.flat[len(cells) :]:
         ax.set_visible(False)
-    note = "large: mean with its 95% t interval, which may leave the panel; small: one seed each"
+    note = "one seed each"
+    if _several_seeds(points):
+        note = f"large: mean with its 95% t interval, which may leave the panel; small: {note}"
     _row_legend(figure, selected.names, abreast, note)
     entitle(figure, title)
     return figure
+
+
+def _several_seeds(points: Mapping[tuple[Cell, str], tuple[Numbers, Numbers]]) -> bool:
+    return any(len(numbers) > 1 for numbers, _ in points.values())
 
 
 def entitle(figure: "Figure", title: str) -> None:
@@ -237,15 +239,20 @@ def _limits(rows: Sequence[Numbers], most: float) -> tuple[float, float]:
 def _in_words(
     selected: Selected, points: Mapping[tuple[Cell, str], tuple[Numbers, Numbers]], first: str, second: str
 ) -> str:
-    """The means of each panel, the best row of the second number first."""
-    parts = []
+    """The means of each panel, the best row of the second number first; which rows and datasets have no point."""
+    parts, missing, unknown = [], [], selected.chosen.keys() - points.keys()
     for cell, title in selected.titles.items():
+        missing += [f"{name} on {title}" for name in selected.names if (cell, name) in unknown]
+        if not any(cell == other for other, _ in points):
+            continue
         found = {name: points[cell, name] for name in selected.names if (cell, name) in points}
         means = {name: [float(np.mean(some)) for some in values] for name, values in found.items()}
         ordered = sorted(means.items(), key=lambda entry: -entry[1][1])
         listed = "; ".join(f"{name} {first.format(x)}, {second} {y:.1f} %" for name, (x, y) in ordered)
         parts.append(f"{title}: {listed}.")
-    return f"Points, one per row of the tables; means over the seeds, the best {second} first. {' '.join(parts)}"
+    parts += [f"Not drawn, for want of numbers: {', '.join(missing)}."] if missing else []
+    what = "means over the seeds" if _several_seeds(points) else "one seed each"
+    return f"Points, one per row of the tables; {what}, the best {second} first. {' '.join(parts)}"
 
 
 def ranks(records: Iterable[Record]) -> Picture:
@@ -254,15 +261,13 @@ def ranks(records: Iterable[Record]) -> Picture:
     Source: Demsar, Statistical comparisons of classifiers over multiple data sets, JMLR 7 (2006), figure 1.
 
     Raises:
-        ValueError: too few rows or datasets to rank, or nothing differs.
+        ValueError: see ``select``; too few rows or datasets to rank, or nothing differs.
         ImportError: Matplotlib is missing.
     """
+    records = list(records)
     names, found = ranked(records)
     if found.critical_difference is None:
-        raise ValueError(
-            f"average ranks need two rows that differ and have results on the same datasets, two at least; here "
-            f"{len(names)} row(s) share {found.n} dataset(s); add datasets, or draw `figure scatter`"
-        )
+        raise ValueError(f"no average ranks: {_unranked(select(records, 'aa_wga'), found.n)}, or draw `figure scatter`")
     order = sorted(range(len(names)), key=lambda i: found.mean[i])
     styles = [style(i) for i in order]
     names, means = [names[i] for i in order], [found.mean[i] for i in order]
@@ -272,6 +277,19 @@ def ranks(records: Iterable[Record]) -> Picture:
     apart = f"Not told apart: {'; '.join(joined)}." if joined else "All are told apart."
     words = f"Average ranks over {found.n} datasets, 1 is best: {listed}. {apart} {verdict(found)}"
     return Picture(_rank_axis(names, means, styles, found, title), title, words)
+
+
+def _unranked(selected: Selected, shared: int) -> str:
+    """Why there are no average ranks, where every row has results on so many datasets; what to do."""
+    rows = ", ".join(selected.names)
+    if len(selected.names) < 2:
+        return f"they compare two rows or more, and there is only {rows}; train another"
+    if shared < 2:
+        return (
+            f"they need two datasets or more on which every row has results, and there are {shared} (rows {rows}; "
+            f"datasets {selected.datasets}); train what is missing"
+        )
+    return f"the rows {rows} are equal on each of {shared} datasets; add datasets"
 
 
 def cliques(means: Numbers, difference: float) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -300,14 +301,31 @@ def has_args(record: Any) -> bool:
     return isinstance(record, dict) and isinstance(record.get("args"), dict)
 
 
-def is_checkpoint(record: Any) -> bool:
-    """Whether what a line holds can be a record of a run: tables need at least these arguments and the step."""
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that can be printed: JSON can hold half a character, which UTF-8 can't."""
+    return isinstance(value, str) and value.encode(errors="replace") == value.encode(errors="surrogatepass")
+
+
+def names_run(record: Any) -> bool:
+    """Whether what a line holds says which run it is of, by arguments of the kinds that tables expect."""
     if not has_args(record):
         return False
-    args, step, envs = record["args"], record.get("step"), record["args"].get("test_envs")
-    named = all(isinstance(args.get(key), str) for key in ("algorithm", "dataset"))
+    args, envs = record["args"], record["args"].get("test_envs")
+    named = all(_is_text(args.get(key)) for key in ("algorithm", "dataset"))
     tested = isinstance(envs, list) and all(isinstance(env, int) for env in envs)
-    return named and tested and isinstance(step, int | float)
+    seeded = all(isinstance(args.get(key), int | None) for key in ("trial_seed", "hparams_seed", "seed"))
+    labelled = all(args.get(key) is None or _is_text(args[key]) for key in ("partition", "label"))
+    return named and tested and seeded and labelled
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def is_checkpoint(record: Any) -> bool:
+    """Whether what a line holds can be a record of a run: tables need at least its arguments and the step."""
+    return names_run(record) and is_step(record.get("step"))
 
 
 def read_checkpoints(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
@@ -315,16 +333,14 @@ def read_checkpoints(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]]
     return read(path, is_checkpoint)
 
 
-def read(
-    path: str | os.PathLike[str], is_record: Callable[[Any], bool] = has_args
-) -> tuple[list[dict[str, Any]], int]:
+def read(path: str | os.PathLike[str], is_record: Callable[[Any], bool] = has_args) -> tuple[list[dict[str, Any]], int]:
     """The records of one file, and how many lines were skipped as torn or foreign."""
     records, skipped = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if is_record(record):
                 records.append(record)
@@ -335,7 +351,7 @@ def read(
 
 def iterate(directory: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The records of every job directly under a sweep's directory, jobs in name order; warns of skipped lines."""
-    for path in sorted(Path(directory).glob(f"*/{RESULTS_FILE}")):
+    for path in filter(Path.is_file, sorted(Path(directory).glob(f"*/{RESULTS_FILE}"))):
         records, skipped = read_checkpoints(path)
         if skipped:
             logger.warning("%s: skipped %d line(s) that hold no record", path, skipped)

@@ -112,6 +112,7 @@ class Table:
 
 
 INTERVALS_NOTE = "[...]: 95% t interval of the mean over seeds; of few seeds it may reach beyond 0 or 100."
+UNROUNDED_NOTE = "Numbers beside text are unrounded; accuracies are fractions."  # in formats that machines read
 MARKS_NOTE = {
     "text": "*: the best of its column; +: the second best.",
     "markdown": "Bold: the best of its column; underlined: the second best.",
@@ -125,16 +126,25 @@ MARKS_NOTE["latex"] = MARKS_NOTE["markdown"]
 
 
 def marked(column: Sequence[Cell | str]) -> list[Cell | str]:
-    """The cells of a column with marks on the largest mean and on the one after it; equal means share a mark."""
-    means = [float(mean) if (mean := _cell(cell).values.get("mean")) is not None else None for cell in column]
-    best, second, *_ = [*sorted({round(mean, 12) for mean in means if mean is not None}, reverse=True), None, None]
+    """The cells of a column with marks on the largest mean and on the one after it; equal means share a mark.
+
+    NaN gets none.
+    """
+    means = [_mean(_cell(cell)) for cell in column]
+    best, second, *_ = [*sorted({mean for mean in means if mean is not None}, reverse=True), None, None]
 
     def mark(cell: Cell | str, mean: float | None) -> Cell | str:
-        if mean is None or round(mean, 12) not in (best, second):
+        if mean is None or mean not in (best, second):
             return cell
-        return replace(_cell(cell), mark="best" if round(mean, 12) == best else "second")
+        return replace(_cell(cell), mark="best" if mean == best else "second")
 
     return [mark(cell, mean) for cell, mean in zip(column, means, strict=True)]
+
+
+def _mean(cell: Cell) -> float | None:
+    """What marks go by; None for NaN, which has no place in an order."""
+    mean = cell.values.get("mean")
+    return None if mean is None or math.isnan(float(mean)) else round(float(mean), 12)
 
 
 def with_intervals(tables: Iterable[Table]) -> list[Table]:
@@ -157,7 +167,8 @@ def render(tables: Sequence[Table], format: str, name: str = "", comment: str = 
     """The content of a file with all these tables; empty without tables.
 
     LaTeX is one document that compiles as it is. CSV has one line for each line of a table, which the first column
-    names, and a column for each number of a cell ("WGA mean", "WGA sd", ...); JSON is what ``as_data`` returns.
+    names, and a column for each number of a cell ("WGA mean", "WGA sd", ...); a table's first line has its notes. JSON
+    is what ``as_data`` returns.
 
     Args:
         format: a name in SUFFIXES.
@@ -293,11 +304,15 @@ def as_data(tables: Iterable[Table], name: str = "", comment: str = "") -> dict[
 def _table_data(table: Table) -> dict[str, Any]:
     return {
         "title": table.title,
-        "notes": list(table.notes),
+        "notes": _data_notes(table),
         "columns": list(table.header),
         "rows": [dict(zip(table.header, map(_cell_data, row), strict=True)) for row in table.rows],
         "after": list(table.after),
     }
+
+
+def _data_notes(table: Table) -> list[str]:
+    return [*table.notes, UNROUNDED_NOTE]
 
 
 def _cell_data(cell: Cell | str) -> dict[str, Any]:
@@ -315,7 +330,9 @@ def _csv(tables: Sequence[Table]) -> str:
     rows = []
     for table in tables:
         numbers = {name: any(_cell(row[i]).values for row in table.rows) for i, name in enumerate(table.header)}
-        rows += [{"table": table.title, **_csv_row(table.header, row, numbers)} for row in table.rows]
+        for i, row in enumerate(table.rows):
+            notes = "" if i else " ".join(_data_notes(table))
+            rows.append({"table": table.title, "notes": notes, **_csv_row(table.header, row, numbers)})
     columns = dict.fromkeys(column for row in rows for column in row)
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), lineterminator="\n")

@@ -17,6 +17,12 @@ def arguments(algorithm: str, trial: int, draw: int = 0, **more: Any) -> dict[st
     return {"algorithm": algorithm, "dataset": "Debug28", "test_envs": [2], **seeds, **more}
 
 
+def plain_record(args: dict[str, Any], step: int, acc: float) -> dict[str, Any]:
+    """A checkpoint without groups."""
+    found = {"args": args, "step": step, "epoch": step / 10, "step_time": 0.01, "hparams": {}, "mem_gb": 0.0}
+    return found | {f"env{env}_{split}_acc": acc for env in range(3) for split in ("in", "out")}
+
+
 def record(args: dict[str, Any], step: int, rng: random.Random) -> dict[str, Any]:
     """A checkpoint with random accuracies of four groups on two validation splits and the test split."""
     found: dict[str, Any] = {"args": args, "step": step, "epoch": step / 10, "loss": rng.random(), "step_time": 0.01}

@@ -199,6 +199,32 @@ def test_unknown_flags_are_refused_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def argv_of(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> str:
+    """The words of the command that trains with these flags; nothing is trained."""
+    said: list[str] = []
+    monkeypatch.setattr(db, "program", lambda argv: said.extend(argv) or [sys.executable, "-c", ""])
+    db.train("ERM", "Debug28", "run", **flags)
+    return " ".join(said[3:])
+
+
+def test_numbers_and_arrays_of_numpy_are_as_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: dict[str, Any] = {"steps": 3, "holdout_fraction": 0.1, "test_envs": [0, 2], "overwrite": True}
+    plain |= {"skip_model_save": False, "log_to": [], "hparams": {"lr": 0.5}}
+    numpys: dict[str, Any] = {"steps": np.int64(3), "holdout_fraction": np.float64(0.1), "test_envs": np.array([0, 2])}
+    numpys |= {"overwrite": np.bool_(True), "skip_model_save": np.bool_(False), "log_to": ()}
+    numpys |= {"hparams": {"lr": np.float64(0.5)}}
+    expected = '--algorithm ERM --dataset Debug28 --holdout_fraction 0.1 --hparams {"lr": 0.5} --output_dir run '
+    expected += "--overwrite --steps 3 --test_envs 0 2"
+    assert argv_of(monkeypatch, **plain) == argv_of(monkeypatch, **numpys) == expected
+
+
+@pytest.mark.parametrize("empty", [[], (), np.array([])])
+def test_an_empty_list_is_no_default(tmp_path: Path, empty: Any) -> None:
+    with pytest.raises(ValueError, match=r"test_envs=\[\] is empty; give one value or more, or leave it out"):
+        db.train("ERM", "Debug28", tmp_path / "run", test_envs=empty)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_training_may_save_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     saving = """
 import signal, sys

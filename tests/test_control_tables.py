@@ -135,6 +135,12 @@ class TestControlTables:
         assert (equal["Holm"], equal["WGA is"]) == ("X", "equal in all pairs")
         assert (line["WGA p"], line["Holm"]) == ("0.016", "0.033")
 
+    def test_lines_with_too_few_pairs_do_not_count_in_the_correction(self):
+        records = rows([0.5, 0.7], [0.4, 0.5], dataset="DigitsO2O") + FOUR
+        _, _, (few, line) = tables(control_text(records))[0]
+        assert (few["n"], few["WGA p"], few["Holm"], few["WGA is"]) == ("2", "0.205", "X", "too few seeds")
+        assert (line["WGA p"], line["Holm"]) == ("0.016", "0.016")
+
     def test_labels_name_the_lines(self):
         records = [record(seed=seed, label="on") for seed in (0, 1)]
         records += [record(seed=seed, label="off", hparams=OFF) for seed in (0, 1)]
@@ -162,7 +168,7 @@ class TestControlTables:
         assert (found["mean"], found["n"]) == (pytest.approx(0.2), 4)
         assert (found["low"], found["high"]) == pytest.approx((0.07, 0.33), abs=5e-4)
         gains = np.array([0.1, 0.2, 0.2, 0.3])
-        assert gains.min() <= found["bootstrap low"] < 0.2 < found["bootstrap high"] <= gains.max()
+        assert gains.min() <= found["bootstrap_low"] < 0.2 < found["bootstrap_high"] <= gains.max()
         assert line["WGA p"].values["value"] == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
         assert line["n"].values == {"value": 4, "unpaired": 0}
 

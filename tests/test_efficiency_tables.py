@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from domainbed.efficiency_tables import check_reference, cost, efficiency_tables
+from domainbed.efficiency_tables import Cost, check_reference, cost, efficiency_tables
 from domainbed.run_index import collect
 
 
@@ -87,6 +87,16 @@ def test_the_collector_s_timings_are_those_of_all_records(tmp_path):
     found = collect(tmp_path)
     (table,) = efficiency_tables(found.grouped, "ERM", found.timings)
     assert texts(table) == texts(efficiency_tables(RECORDS, "ERM")[0])
+
+
+@pytest.mark.parametrize("lines", [run(0.1, 0.2)[::-1], [*run(0.7, 0.2), record(step=30, values={"step_time": 0.2})]])
+def test_lines_out_of_order_and_without_an_epoch_tell_the_same_in_both_ways(lines, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (timing,) = collect(tmp_path).timings.values()
+    assert Cost.of(timing) == cost(lines)
+    later = [one["step_time"] for one in lines if one["step"]]
+    assert cost(lines).epoch_s == pytest.approx(5 * sum(later) / len(later))
 
 
 def test_nothing_without_groups():

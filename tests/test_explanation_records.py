@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,30 @@ def test_what_is_measured_again_replaces_and_what_is_added_adds(tmp_path: Path) 
     one, two = explanation_records.read(tmp_path)
     assert one == {**first, **again, **elsewhere, "explained": first["explained"] | {"fills": ["blur", "zero"]}}
     assert two == json.loads(records.dumps(other))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"args": {}}, {"args": ARGS}, {"args": ARGS, "explained": []}, {"args": ARGS, "explained": {"fills": []}},
+        {"args": ARGS, "explained": asdict(SETTINGS)}, {"args": {}, "explained": asdict(SETTINGS) | {"fills": []}},
+        {"args": ARGS, "explained": asdict(SETTINGS) | {"fills": [], "later": 1}},
+        {"args": ARGS, "explained": asdict(SETTINGS) | {"fills": [[]]}},
+        {"args": ARGS, "explained": asdict(SETTINGS) | {"fills": [], "step": [1]}},
+    ],
+)  # fmt: skip
+def test_odd_lines_are_skipped_with_a_warning(
+    odd: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = line(ARGS, SETTINGS, ("blur",), {(0, "in"): measured()}, 4)
+    write(tmp_path, odd, whole)
+    assert explanation_records.read(tmp_path) == [json.loads(records.dumps(whole))]
+    assert f"{tmp_path / EXPLANATIONS_FILE}: skipped 1 line(s) that hold no explanations" in caplog.text
+
+
+def test_a_directory_of_that_name_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "a" / EXPLANATIONS_FILE).mkdir(parents=True)
+    assert list(explanation_records.iterate(tmp_path)) == []
 
 
 def test_a_run_without_explanations(tmp_path: Path) -> None:

@@ -186,6 +186,17 @@ class TestPlane:
         x = np.column_stack([np.arange(9.0), np.ones(9)])
         assert features.project(x)[:, 1] == pytest.approx(np.zeros(9))
 
+    def test_constants_with_rounding_do_not_count(self):
+        x = np.random.default_rng(0).normal(size=(2000, 5)).astype(np.float32)
+        constants = np.full((2000, 20), 0.1, dtype=np.float32) * np.arange(1, 21, dtype=np.float32)
+        constants[::2, :10] = np.nextafter(constants[::2, :10], np.float32(9))
+        planes = [features.project(some) for some in (x, np.hstack([x, constants]))]
+        assert planes[1] == pytest.approx(planes[0] * np.sign((planes[0] * planes[1]).sum(axis=0)), abs=1e-9)
+
+    def test_small_features_count_as_large_ones(self):
+        x = np.random.default_rng(0).normal(size=(50, 4))
+        assert np.abs(features.project(x * [1e-8, 1, 1e8, 1])) == pytest.approx(np.abs(features.project(x)))
+
     def test_umap_is_the_same_for_the_same_seed_and_keeps_what_is_apart_apart(self):
         pytest.importorskip("umap")
         rng = np.random.default_rng(0)

@@ -229,5 +229,22 @@ class TestProtocol:
         expected = "Protocol: the best of 20 draws of the hparams per trial (search); for other lines "
         assert self.notes(*runs) == [f"{expected}one draw of the hparams, seed 0 (fixed or refit)."]
 
+    def test_a_running_search_is_one_line_though_a_trial_has_a_single_draw_yet(self):
+        runs = [{"hparams_seed": draw, "trial_seed": trial} for trial, n in enumerate((5, 5, 1)) for draw in range(n)]
+        assert self.notes(*runs) == ["Protocol: the best of 1 to 5 draws of the hparams per trial (search)."]
+
+    def test_each_line_is_told_by_what_its_own_runs_differ_in(self):
+        refit = [{"seed": seed} for seed in (42, 8, 777)]
+        trials = [{"algorithm": "IRM", "trial_seed": trial, "seed": 99 * trial} for trial in range(3)]
+        alone = {"algorithm": "MMD", "trial_seed": 1, "seed": 123456}
+        listed = "one draw of the hparams, trial_seed 0, 1, 2 or seed 8, 42, 777 (fixed or refit)"
+        assert self.notes(*refit, *trials) == [f"Protocol: {listed}."]
+        assert self.notes(*refit, *trials, alone) == [f"Protocol: {listed}."]
+
+    def test_a_line_searched_on_one_dataset_and_fixed_on_another(self):
+        runs = [*({"hparams_seed": draw} for draw in range(3)), {"dataset": "Dogs", "seed": 7}]
+        expected = "Protocol: the best of 3 draws of the hparams per trial (search); for other lines "
+        assert self.notes(*runs) == [f"{expected}one draw of the hparams, seed 7 (fixed or refit)."]
+
     def test_none(self):
         assert self.notes() == []

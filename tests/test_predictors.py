@@ -50,12 +50,13 @@ def save(folder: Path, x: torch.Tensor) -> list[Path]:
     return paths
 
 
-def model(folder: Path, dataset: str, shape: tuple[int, int, int], classes: int) -> Path:
+def model(folder: Path, dataset: str, shape: tuple[int, int, int], classes: int, **more: Any) -> Path:
     """An untrained model."""
     task = Task(shape, classes, 2)
     hparams = hparams_registry.default_hparams("ERM", dataset)
     algorithm = ERM.from_task(task, hparams)
-    training.save_model(folder / "model.pkl", algorithm, task, hparams, {"algorithm": "ERM", "dataset": dataset})
+    args = {"algorithm": "ERM", "dataset": dataset}
+    training.save_model(folder / "model.pkl", algorithm, task, hparams, args, **more)
     return folder / "model.pkl"
 
 
@@ -181,6 +182,94 @@ def test_classes_without_names_have_numbers(tmp_path: Path) -> None:
     assert predictors.load(path, class_names=["cat", "dog"]).class_names == ["cat", "dog"]
     with pytest.raises(ValueError, match="class_names has 1 names, and the model 2 classes"):
         predictors.load(path, class_names=["cat"])
+
+
+ROWS = [f"{i}.png,{'cat' if i % 2 else 'dog'},{'train' if i < 8 else 'test'}" for i in range(12)]
+
+
+def test_a_run_predicts_where_its_dataset_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, torch.rand(12, 3, 20, 20))
+    for path in tmp_path.glob("*/*.png"):
+        path.rename(tmp_path / path.name)
+    Path("pets.csv").write_text("\n".join(["path,label,split", *ROWS]))
+    flags = ["--dataset", "pets.csv", "--steps", "1", "--save_model_every_checkpoint", "--output_dir", "run"]
+    hparams = {"backbone": "small_cnn", "batch_size": 2, "image_size": 16}
+    assert train.main([*flags, "--hparams", records.dumps(hparams)]) == 0
+    expected = predictors.load("run").predict("0.png").probabilities
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("model.pkl", "model_step0.pkl"):
+        found = predictors.load(tmp_path / "run" / name)
+        assert found.class_names == ["cat", "dog"]
+        assert found.input == Input((3, 16, 16), normalised=True)
+        assert np.array_equal(found.predict(tmp_path / "0.png").probabilities, expected)
+
+
+def test_a_small_dataset_that_says_it_is_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pets(datasets.get_dataset_class("Debug28")):  # type: ignore[misc]
+        NORMALISED, CLASSES = True, ("cat", "dog")
+
+    flags = ["--dataset", "Pets", "--steps", "1", "--hparams", '{"batch_size": 2}']
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "Pets", Pets, raising=False)
+        assert train.main([*flags, "--output_dir", str(tmp_path)]) == 0
+    found = predictors.load(tmp_path)
+    assert (found.class_names, found.input.normalised) == (["cat", "dog"], True)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "advice"),
+    [("Pets", r"not found: Pets.*\$DOMAINBED_PLUGINS"), ("no/pets.csv", "counts from where the run was started")],
+)
+def test_an_older_model_of_an_unknown_dataset_is_refused(tmp_path: Path, dataset: str, advice: str) -> None:
+    path = model(tmp_path, "Debug28", (3, 28, 28), 2)
+    content = torch.load(path, weights_only=True)
+    content["args"]["dataset"] = dataset
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"how images of {dataset} are opened is not known here.*{advice}"):
+        predictors.load(path, class_names=["cat", "dog"])
+
+
+def test_what_a_model_says_comes_before_what_the_class_says(tmp_path: Path) -> None:
+    path = model(tmp_path, "DigitsSubpop", (3, 36, 36), 2, class_names=["three", "eight"], normalised=True)
+    found = predictors.load(path)
+    assert (found.class_names, found.input.normalised) == (["three", "eight"], True)
+    assert predictors.load(path, class_names=["a", "b"]).class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_pixels_of_other_kinds_are_refused(predictor: Predictor, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"images of {dtype}; give uint8 pixels, or floats"):
+        predictor.predict(torch.ones(2, 3, 36, 36, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"labels of shape \(2,\) and 3 images; give one label of each image"),
+        ([[0], [1], [2]], r"labels of shape \(3, 1\) and 3 images"),
+        ([0, 1, 4], "labels 0, 1, 4; give whole numbers of 0 to 3, one of each image"),
+        ([-1, 1, 1], "labels -1, 1; give whole numbers"),
+        ([0.5, 1, 1], "labels 0.5, 1.0; give whole numbers"),
+        (["1", "4", "6"], "labels 1, 4, 6; give whole numbers"),
+    ],
+)
+def test_labels_that_do_not_fit_are_explained(predictor: Predictor, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predictor.show(torch.zeros(3, 3, 36, 36), labels=labels, n=2)
+
+
+def test_what_is_no_image_and_no_number_of_images(predictor: Predictor) -> None:
+    x = torch.zeros(3, 3, 36, 36)
+    for given in (x.numpy(), x.numpy()[0, 0, 0, 0], [x.numpy()[0]]):
+        with pytest.raises(TypeError, match=r"path or a picture of PIL, not (ndarray|float32); .*from_numpy one of an"):
+            predictor.predict(given)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}: give 1 or more"):
+            predictor.predict(x, batch_size=size)
+        with pytest.raises(ValueError, match=f"n={size}: give 1 or more"):
+            predictor.show(x, n=size)
 
 
 def test_a_single_logit_is_a_score_with_threshold_0(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_text_by_hand():
 def test_datasets_that_some_row_lacks_are_left_out():
     (table,) = rank_tables([*sweep(DATASETS[:2]), record("ERM", "Cats")])
     assert "Datasets: DigitsO2O, DigitsM2M." in table.notes
-    assert "Left out, as some row has no results there: Cats." in table.notes
+    assert "Left out, as some row has no WGA there: Cats." in table.notes
     assert table.after[0].startswith(
         "Too few datasets (2; at least 5) to tell rows apart by their ranks. Friedman: p = "
     )
@@ -64,9 +64,23 @@ def test_nothing_to_rank():
 def test_one_dataset_has_ranks_but_no_test():
     text = render(rank_tables(sweep(DATASETS[:1])), "text")
     assert "over 1 dataset by" in text
-    assert text.endswith(
-        "Too few datasets (1; at least 5) to tell rows apart by their ranks, or no row ever differs.\n"
-    )
+    assert text.endswith("Too few datasets (1; at least 5) to tell rows apart by their ranks.\n")
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_rows_that_tie_on_every_dataset(n):
+    alike = [record(name, dataset) for name in ("ERM", "IRM") for dataset in DATASETS[:n]]
+    (table,) = rank_tables(alike)
+    assert table.after == ["No row ever differs."]
+
+
+def test_datasets_with_nan_are_left_out():
+    nan = record("IRM", "Cats", trial_seed=2, test=(0.5, float("nan")))
+    (table,) = rank_tables([*sweep(), nan])
+    assert table.title.startswith("Average ranks over 5 datasets")
+    assert "Left out, as some row has no WGA there: Cats." in table.notes
+    rows = [r for r in sweep() if r["args"]["dataset"] != "Cats"]
+    assert ranked([*sweep(), nan]) == ranked(rows)
 
 
 def test_no_significant_difference():

@@ -38,6 +38,12 @@ def test_the_best_is_first_and_ties_share():
     assert average_ranks([[0.9, 0.1, 0.9], [0.3, 0.2, 0.1]]).mean == [1.25, 2.5, 2.25]
 
 
+def test_means_that_differ_by_rounding_alone_tie():
+    low, high = np.mean([0.1, 0.2, 0.3]), np.mean([0.3, 0.2, 0.1])
+    assert low != high
+    assert average_ranks([[low, high, 0.1]] * 6).mean == [1.5, 1.5, 3]
+
+
 def test_too_little_for_a_test():
     assert average_ranks([]).n == 0
     one = average_ranks([[0.1, 0.2]])

@@ -1,4 +1,5 @@
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,60 @@ def test_ranks_of_records_and_too_few_of_them() -> None:
     records = [record(name, (wga, 1.0), dataset=dataset) for name, wga in rows.items() for dataset in datasets]
     assert rank_tables.ranked(records)[1].mean == [3, 2, 1]
     assert "VREx 1.00, IRM 2.00, ERM 3.00" in ranks(records).description
-    for few in (records[:6], records[::6], []):
-        with pytest.raises(ValueError, match="two at least"):
-            ranks(few)
+
+
+def test_why_there_are_no_ranks() -> None:
+    erm, irm = (
+        [record(name, (wga, 1.0), dataset=d) for d in ("Cats", "Dogs")] for name, wga in (("ERM", 0.2), ("IRM", 0.4))
+    )
+    alike = [record("VREx", (0.2, 1.0), dataset=d) for d in ("Cats", "Dogs")]
+    for records, message in (
+        (erm, "two rows or more, and there is only ERM; train another, or draw `figure scatter`"),
+        ([*erm, irm[0]], "there are 1 (rows ERM, IRM; datasets Cats, Dogs); train what is missing"),
+        ([erm[0], irm[1]], "there are 0 (rows ERM, IRM; datasets Cats, Dogs)"),
+        ([*erm, *alike], "the rows ERM, VREx are equal on each of 2 datasets; add datasets"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ranks(iter(records))
+        assert scatter(records).description  # what is advised can be drawn
+    with pytest.raises(ValueError, match=r"^no run holds groups"):
+        ranks([])
+
+
+def legend(picture: record_figures.Picture) -> str:
+    (found,) = picture.figure.legends
+    return "; ".join(text.get_text() for text in [found.get_title(), *found.get_texts()])
+
+
+def test_one_seed_is_no_mean() -> None:
+    single = [*SWEEP[:3], *SWEEP[6:]]
+    for draw in (scatter, time, curves):
+        one, several = draw(single), draw(SWEEP)
+        assert not re.search("interval|mean|all seeds", legend(one) + one.description)
+        assert re.search(r"95% t interval|\(mean; band: all seeds\)", legend(several))
+    assert "one seed each, the best" in scatter(single).description
+    assert "means over the seeds, the best" in scatter(SWEEP).description
+
+
+def test_a_dataset_without_times_is_named_as_such() -> None:
+    picture = time([*SWEEP, record("ERM", (0.5, 0.5), dataset="Birds")])
+    assert "Birds:" not in picture.description
+    assert picture.description.endswith("Not drawn, for want of numbers: ERM on Birds.")
+    assert len(picture.figure.axes) == 2
+
+
+def test_titles_of_curves_keep_to_their_panels() -> None:
+    names = ["a name of a row that is too long for its panel", "another one of the same kind"]
+    picture = curves([{**r, "args": {**r["args"], "label": n}} for n in names for r in SWEEP[:3]])
+    for ax, name in zip(picture.figure.axes, names, strict=True):
+        assert max(map(len, ax.get_title().split("\n"))) <= 30
+        assert name in ax.get_title().replace("\n", " ")
+
+
+def test_curves_are_told_in_the_order_of_the_panels() -> None:
+    picture = curves(SWEEP[::-1])
+    told = re.findall(r"(\w+ on (?:Cats|Dogs)) from", picture.description)
+    assert told == ["ERM on Cats", "IRM on Cats", "ERM on Dogs"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

@@ -6,11 +6,13 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from domainbed import explanation_records, pairs, records, registry, run_index, tables
+from domainbed.condensing import Judged, Timing
 from domainbed.lib.query import Q
 from domainbed.model_selection import (
     CRITERIA,
@@ -25,7 +27,8 @@ from domainbed.model_selection import (
     with_several_test_envs,
 )
 from domainbed.run_index import collect
-from domainbed.run_index.database import INDEX_FILE
+from domainbed.run_index.database import INDEX_FILE, Kept, version
+from domainbed.run_index.reading import stamp_of
 
 METHODS = (IIDAccuracySelectionMethod, LeaveOneOutSelectionMethod, OracleSelectionMethod)
 NAN = float("nan")
@@ -170,7 +173,8 @@ def test_kept_records_are_those_of_the_files_and_share_their_arguments(tmp_path:
     "line",
     [
         b'{"args": {"algorithm": "ERM", "da', b"[1]", b"null", b"not json", b'{"args": 3}', b'{"a": 1}{"a": 2}',
-        b'{"args": {}, "step": 1}', b"\xff\xfe", b'{"step": 0, "args": {"algorithm": 1, "dataset": "a"}}', b"\x00" * 9,
+        b'{"args": {}, "step": 1}', b"[" * 10**5, b"\xff\xfe",
+        b'{"step": 0, "args": {"algorithm": 1, "dataset": "a"}}', b"\x00" * 9,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("newline", [b"\n", b"", b"\r\n"])
@@ -181,6 +185,65 @@ def test_torn_and_foreign_lines_are_counted(line: bytes, newline: bytes, tmp_pat
     for collected in (collect(tmp_path), collect(tmp_path)):
         assert (collected.total, collected.skipped) == (3, {str(path): 1})
         assert tables.results_tables(collected, METHODS[0], False).count("50.0 +/- 0.0") == 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"step": NAN}, {"step": float("inf")}, {"step": 10**400}, {"step": None}, {"args": {"trial_seed": [1]}},
+        {"args": {"hparams_seed": "x"}}, {"args": {"seed": 0.5}}, {"args": {"partition": 3}}, {"args": {"label": 3}},
+        {"args": {"label": "\ud800"}}, {"args": {"dataset": "\ud800"}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("alone", [True, False])
+def test_steps_and_arguments_of_another_kind_are_foreign(odd: dict[str, Any], alone: bool, tmp_path: Path) -> None:
+    (whole,) = simple()
+    lines = [whole | odd | {"args": whole["args"] | odd.get("args", {})}]
+    path = write(tmp_path / "a", lines if alone else [whole, *lines])
+    assert (collect(tmp_path).total, collect(tmp_path).skipped) == (0 if alone else 1, {str(path): 1})
+    assert len(list(records.iterate(tmp_path))) == (0 if alone else 1)
+
+
+def test_a_step_beyond_all_numbers_among_regular_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", simple(2))
+    path.write_text(path.read_text() + path.read_text().replace('"step": 1', '"step": 1e400'))
+    assert (collect(tmp_path).total, collect(tmp_path).skipped) == (3, {str(path): 1})
+
+
+def test_directories_in_place_of_files(tmp_path: Path) -> None:
+    write(tmp_path / "a", simple(2))
+    for name in (records.RESULTS_FILE, explanation_records.EXPLANATIONS_FILE):
+        (tmp_path / "b" / name).mkdir(parents=True)
+    assert collect(tmp_path).total == len(list(records.iterate(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), "\ud800"])
+def test_arguments_that_strict_json_refuses(value: Any, tmp_path: Path, patient: None) -> None:
+    args = simple()[0]["args"] | {"hparams": {"clip": value}}
+    write(tmp_path / "a", simple(3))
+    write(tmp_path / "b", simple(3, args=args))
+    for collected in (collect(tmp_path), collect(tmp_path)):
+        assert (collected.total, len(collected.records)) == (6, 6)
+        assert [len(parts) for parts in collected.runs.values()] == [1, 1]
+
+
+def test_nan_among_hparams_does_not_cut_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "a", [line | {"hparams": {"clip": NAN}} for line in simple(4)])
+    (parts,) = collect(tmp_path).runs.values()
+    assert len(parts) == 1
+
+
+def test_accuracies_that_rounding_swaps(tmp_path: Path) -> None:
+    """Added exactly, the first is larger; added one by one, as DomainBed does, the second."""
+    accs = [[0.65, 0.69, 0.53], [0.65, 0.53, 0.6899999999999998], [0.0, 0.0, 0.0]]
+    lines = [
+        line | {"env0_in_acc": line["step"] / 4} | {f"env{env + 1}_out_acc": acc for env, acc in enumerate(own)}
+        for line, own in zip(simple(3), accs, strict=True)
+    ]
+    write(tmp_path / "a", lines)
+    (run,) = (collected := collect(tmp_path)).runs
+    expected = IIDAccuracySelectionMethod.sweep_acc(Q(lines))
+    assert collected.sweep_acc(IIDAccuracySelectionMethod, [run]) == expected == 0.25
 
 
 def test_a_pretty_printed_record_is_foreign(tmp_path: Path) -> None:
@@ -200,6 +263,23 @@ def test_missing_accuracies_are_warned_of_with_the_numbers_of_the_files(
         caplog.clear()
         tables.results_tables(collected, IIDAccuracySelectionMethod, latex=False)
         assert "left out 2 of 5 checkpoints of a run (ERM" in caplog.text
+        caplog.clear()
+        choose_by_accuracy(collected.records)  # which are not all
+        assert "left out some checkpoints of a run (ERM" in caplog.text
+
+
+def test_checkpoints_that_lack_accuracies_are_counted_in_all_files_of_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [line | {"env1_out_acc": 1 - line["step"] / 10} for line in simple(10)]
+    for line in lines[1:3] + lines[6:8]:
+        del line["env0_in_acc"]
+    write(tmp_path / "a", lines[:5])
+    write(tmp_path / "b", lines[5:])
+    for found in (collect(tmp_path), list(records.iterate(tmp_path))):
+        caplog.clear()
+        tables.results_tables(found, IIDAccuracySelectionMethod, latex=False)
+        assert [record.getMessage()[:34] for record in caplog.records] == ["left out 4 of 10 checkpoints of a "]
 
 
 class TestIndex:
@@ -260,6 +340,22 @@ class TestIndex:
         monkeypatch.setattr("domainbed.run_index.reading.RECENT_NS", 10**12)
         write(tmp_path / "a", simple())
         assert [read(tmp_path), read(tmp_path)] == [["a"], ["a"]]
+
+    def test_files_of_which_only_the_time_of_change_is_young(
+        self, tmp_path: Path, read: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("domainbed.run_index.reading.RECENT_NS", 50 * 10**9)
+        write(tmp_path / "a", simple())  # whose contents are 100 seconds old
+        assert [read(tmp_path), read(tmp_path)] == [["a"], ["a"]]
+
+    def test_an_index_is_as_readable_as_the_umask_says(self, tmp_path: Path) -> None:
+        write(tmp_path / "a", simple())
+        before = os.umask(0o027)
+        try:
+            collect(tmp_path)
+        finally:
+            os.umask(before)
+        assert (tmp_path / INDEX_FILE).stat().st_mode & 0o777 == 0o640
 
     def test_runs_become_parts_of_pairs(self, tmp_path: Path, read: Callable[[Path], list[str]]) -> None:
         rng = Random(0)
@@ -326,6 +422,51 @@ class TestIndex:
             database.execute("UPDATE kept SET kept = x'00'")
         database.close()
         assert collect(tmp_path).records == expected
+
+    @pytest.mark.parametrize("table", ["kept", "entries"])
+    def test_another_run_s_numbers_are_not_taken(self, table: str, tmp_path: Path) -> None:
+        for seed, name in enumerate("ab"):
+            write(tmp_path / name, simple(3, args=simple()[0]["args"] | {"seed": seed}))
+        expected = collect(tmp_path).records
+        with sqlite3.connect(tmp_path / INDEX_FILE) as database:
+            for old, new in ((b"a", b"c"), (b"b", b"a"), (b"c", b"b")):
+                database.execute(f"UPDATE {table} SET name = ? WHERE name = ?", (new, old))
+            (tmp_path / "b" / "results.jsonl").touch()
+        database.close()
+        assert collect(tmp_path).records == expected
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "UPDATE entries SET entry = 3", "UPDATE entries SET entry = CAST(entry AS TEXT)",
+            "UPDATE entries SET name = 'a' WHERE name = x'61'", "UPDATE entries SET seal = NULL",
+            "UPDATE kept SET kept = 'text'", "UPDATE official SET environments = '['",
+            "UPDATE official SET environments = 3", "UPDATE official SET dataset = 'Debug38'",
+        ],
+    )  # fmt: skip
+    def test_values_of_another_kind(self, damage: str, tmp_path: Path) -> None:
+        for name in "ab":
+            write(tmp_path / name, simple(3, loss=ord(name)))
+        expected = collect(tmp_path).records
+        with sqlite3.connect(tmp_path / INDEX_FILE) as database:
+            database.execute(damage)
+        database.close()
+        assert collect(tmp_path).records == expected
+
+    def test_another_criterion(
+        self, tmp_path: Path, read: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(tmp_path / "a", simple(3))
+        read(tmp_path)
+        monkeypatch.setitem(CRITERIA, "aa", lambda aa, wga: aa)
+        assert [read(tmp_path), read(tmp_path)] == [["a"], []]
+
+    @pytest.mark.parametrize("kind", [Judged, Timing, Kept])
+    def test_another_field(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = version()
+        other = SimpleNamespace(__struct_fields__=("other", *kind.__struct_fields__))
+        monkeypatch.setattr(f"domainbed.run_index.database.{kind.__name__}", other)
+        assert version() != before
 
     def test_an_index_of_another_version(self, tmp_path: Path, read: Callable[[Path], list[str]]) -> None:
         write(tmp_path / "a", simple(3))
@@ -411,6 +552,20 @@ def test_timings(tmp_path: Path) -> None:
     (timing,) = collect(tmp_path).timings.values()
     assert (timing.step_time_s, timing.mem_gb, timing.steps_per_epoch) == (0.375, 3.0, 4.0)
     assert (timing.steps, timing.checkpoints) == (2, 3)
+
+
+def test_of_a_run_in_two_parts_the_longer_one_s_times(tmp_path: Path) -> None:
+    for name, n in {"a": 2, "b": 4, "c": 3}.items():
+        write(tmp_path / name, simple(n, step_time=n))
+    (timing,) = collect(tmp_path).timings.values()
+    assert (timing.step_time_s, timing.steps, timing.checkpoints) == (4.0, 3, 4)
+
+
+@pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
+def test_a_stamp_tells_every_change(field: str) -> None:
+    stat: Any = SimpleNamespace(st_size=1, st_mtime_ns=2, st_ctime_ns=3, st_ino=4)
+    other: Any = SimpleNamespace(**vars(stat) | {field: 5})
+    assert stamp_of(stat) != stamp_of(other)
 
 
 def test_without_times_or_epochs(tmp_path: Path) -> None:

@@ -73,9 +73,15 @@ def test_latex():
 
 def test_csv():
     first, last, second = csv.DictReader(render([FIRST, SECOND], "csv").splitlines())
-    assert list(first) == ["table", "Row", "WGA mean", "WGA sd", "WGA n", "Holm", "Words", "AA mean", "AA n"]
-    assert [*first.values()] == ["First | table", "a|b_c", "0.5", "0.01", "3", "0.0004", "better", "", ""]
-    assert [*last.values()] == ["First | table", "*", "", "", "", "", "", "", ""]
+    assert list(first) == ["table", "notes", "Row", "WGA mean", "WGA sd", "WGA n", "Holm", "Words", "AA mean", "AA n"]
+    notes = f"A note. {table_formats.UNROUNDED_NOTE}"
+    assert [*first.values()] == ["First | table", notes, "a|b_c", "0.5", "0.01", "3", "0.0004", "better", "", ""]
+    assert [*last.values()] == ["First | table", "", "*", "", "", "", "", "", "", ""]
+    assert (
+        second["notes"]
+        == table_formats.UNROUNDED_NOTE
+        == ("Numbers beside text are unrounded; accuracies are fractions.")
+    )
     assert (second["table"], second["Row"], second["AA mean"], second["AA n"]) == ("Second", "[x]", "", "0")
 
 
@@ -92,14 +98,15 @@ def test_trials_and_their_bootstrap_interval_are_for_machines():
 
 def test_words_among_numbers_are_not_lost_in_csv():
     table = Table("t", [], ["n"], [[Cell("3", {"value": 3})], ["three"], ["X"]])
-    assert render([table], "csv") == "table,n,n text\nt,3,\nt,,three\nt,,\n"
+    assert render([table], "csv") == (f"table,notes,n,n text\nt,{table_formats.UNROUNDED_NOTE},3,\nt,,,three\nt,,,\n")
 
 
 def test_json():
     found = json.loads(render([FIRST, SECOND], "json", "name", "comment"), parse_constant=pytest.fail)
     assert (found["name"], found["comment"], len(found["tables"])) == ("name", "comment", 2)
     first, second = found["tables"]
-    assert (first["title"], first["notes"], first["after"]) == (FIRST.title, ["A note."], ["It follows."])
+    notes = ["A note.", table_formats.UNROUNDED_NOTE]
+    assert (first["title"], first["notes"], first["after"]) == (FIRST.title, notes, ["It follows."])
     assert first["columns"] == FIRST.header
     assert first["rows"][0]["WGA"] == {"text": "50.0 ± 1.0", "mean": 0.5, "sd": 0.01, "n": 3, "mark": "best"}
     assert first["rows"][1]["WGA"] == {"text": "X"}
@@ -134,6 +141,13 @@ class TestMarks:
 
     def test_ties_share_despite_rounding(self):
         assert self.marks(0.3, 0.1 + 0.2, 0.2, 0.2, 0.1) == ["best", "best", "second", "second", ""]
+
+    def test_nan_takes_no_part(self):
+        nan = float("nan")
+        assert self.marks(nan, 0.1, 0.4, nan, 0.3) == ["", "", "best", "", "second"]
+        assert self.marks(0.4, nan, 0.3, 0.1) == ["best", "", "second", ""]
+        assert self.marks(nan, 0.1) == ["", "best"]
+        assert self.marks(nan) == [""]
 
     def test_too_few_for_both(self):
         assert self.marks(0.5) == ["best"]

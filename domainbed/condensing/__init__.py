@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from domainbed import records as keys
-from domainbed.condensing.lines import Keys, Line, Segment, Values, numbers
+from domainbed.condensing.lines import Keys, Line, Segment, Values, is_number, numbers
 from domainbed.model_selection import (
     CRITERIA,
     IIDAccuracySelectionMethod,
@@ -172,7 +173,7 @@ class Timing(msgspec.Struct, array_like=True, gc=False, frozen=True):
     Attributes:
         step_time_s: mean over the checkpoints but the first, whose step also warms up; of one checkpoint, its own.
         mem_gb: the most of any checkpoint.
-        steps_per_epoch: None while the first epoch has not begun.
+        steps_per_epoch: by the last checkpoint that tells; None while the first epoch has not begun.
         steps: the last checkpoint's.
         checkpoints: how many.
     """
@@ -182,6 +183,25 @@ class Timing(msgspec.Struct, array_like=True, gc=False, frozen=True):
     steps_per_epoch: float | None
     steps: float
     checkpoints: int
+
+    @classmethod
+    def of(cls, steps: Sequence[float], times: Sequence[Any], memory: Sequence[Any], epochs: Sequence[Any]) -> "Timing":
+        """Of all checkpoints of a run, in any order.
+
+        Args:
+            times, memory, epochs: what each checkpoint has as step_time, mem_gb and epoch; None where it lacks it.
+        """
+        order = sorted(range(len(steps)), key=steps.__getitem__)
+        known = numbers([times[i] for i in order])
+        later = known[1:] or known
+        begun = next((i for i in reversed(order) if is_number(epochs[i]) and epochs[i] > 0), None)
+        return cls(
+            step_time_s=fmean(later) if later else None,
+            mem_gb=max(numbers(memory), default=None),
+            steps_per_epoch=None if begun is None else steps[begun] / epochs[begun],
+            steps=steps[order[-1]],
+            checkpoints=len(steps),
+        )
 
 
 class Summary(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -240,7 +260,7 @@ def condense(segment: Segment, whole: bool = False, explained: Collection[Any] =
         grouped=any(plan.grouped for plan in plans),
         iid=iid,
         oracle=oracle,
-        timing=_timing(segment, steps),
+        timing=Timing.of(steps, *map(segment.column, ("step_time", "mem_gb", "epoch"))),
     )
     return Condensed(summary, replace(segment, lines=chosen))
 
@@ -281,11 +301,3 @@ def _oracle(lines: Sequence[Line], plans: Sequence[Plan], steps: Sequence[float]
     if places is None:
         return Judged(None, 1, 1)
     return Judged((float(values[places[0]]), float(values[places[1]])), 0, 1)
-
-
-def _timing(segment: Segment, steps: Sequence[float]) -> Timing:
-    times, memory, epochs = (numbers(segment.column(key)) for key in ("step_time", "mem_gb", "epoch"))
-    later = times[1:] or times
-    step_time = sum(later) / len(later) if later else None
-    per_epoch = steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else None
-    return Timing(step_time, max(memory, default=None), per_epoch, steps[-1], len(steps))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from domainbed.records import is_checkpoint
+from domainbed.records import is_checkpoint, is_step
 
 Keys = tuple[str, ...]
 Values = Sequence[Any]
@@ -39,9 +39,9 @@ class Segment:
         return [record | shared if "hparams" in record else record | {"args": self.args} for record in found]
 
     def column(self, key: str) -> list[Any]:
-        """The key's values in the lines that have it."""
+        """Each line's value of the key; None in lines without it."""
         places = [shape.index(key) if key in shape else None for shape in self.shapes]
-        return [values[place] for number, values in self.lines if (place := places[number]) is not None]
+        return [None if (place := places[number]) is None else values[place] for number, values in self.lines]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -78,12 +78,12 @@ def _regular(data: bytes) -> Segment | None:
     if any([line[i] for line in lines].count(lines[0][i]) < len(lines) for i in shared):
         return None
     segment = Segment(first["args"], first.get("hparams"), [shape], [(0, line) for line in lines])
-    return segment if len(numbers(segment.column("step"))) == len(lines) else None
+    return segment if all(map(is_step, segment.column("step"))) else None
 
 
 def _irregular(data: bytes) -> tuple[list[Segment], int]:
     """Line by line."""
-    segments: list[Segment] = []
+    segments: dict[str, Segment] = {}
     skipped = 0
     for line in data.splitlines():
         text = line.decode("utf-8", "replace")
@@ -93,36 +93,31 @@ def _irregular(data: bytes) -> tuple[list[Segment], int]:
         if not is_checkpoint(record):
             skipped += 1
             continue
-        segment = next((s for s in segments if _same(s, record)), None)
-        if segment is None:
-            segment = Segment(record["args"], record.get("hparams"), [], [])
-            segments.append(segment)
+        args, hparams = record["args"], record.get("hparams")
+        written = json.dumps([args, hparams], sort_keys=True)  # NaN does not equal itself, but is written alike
+        segment = segments.setdefault(written, Segment(args, hparams, [], []))
         shape = tuple(record)
         if shape not in segment.shapes:
             segment.shapes.append(shape)
         segment.lines.append((segment.shapes.index(shape), tuple(record.values())))
-    return segments, skipped
+    return [*segments.values()], skipped
 
 
 def _decoded(line: bytes, text: str) -> Any:
     try:
         return msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass  # NaN, say, which msgspec refuses
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-
-
-def _same(segment: Segment, record: dict[str, Any]) -> bool:
-    return bool(segment.args == record["args"] and segment.hparams == record.get("hparams"))
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def numbers(values: list[Any]) -> list[float]:
+def numbers(values: Sequence[Any]) -> Sequence[float]:
     """Those of the values that are numbers."""
     return values if set(map(type, values)) <= {int, float} else [value for value in values if is_number(value)]

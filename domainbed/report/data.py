@@ -138,14 +138,14 @@ def _read_files(sweep: Sweep, run: RunFacts, criterion: str) -> None:
     sweep.total += len(found)
     if skipped:
         sweep.skipped[run.name] = skipped
-    if found and _is_run(found[-1]["args"]):
+    if found:
         run.args, run.counted = found[-1]["args"], found[-1]
         run.hparams = found[-1].get("hparams") or {}
         run.curves = curves(found, criterion)
 
 
 def _is_run(args: Mapping[str, Any]) -> bool:
-    """Whether the arguments say which run they are of; a foreign line's may not."""
+    """Whether the arguments say which run they are of; those of a job that never ran may not be known."""
     named = isinstance(args.get("algorithm"), str) and isinstance(args.get("dataset"), str)
     return named and isinstance(args.get("test_envs"), list)
 

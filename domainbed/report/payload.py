@@ -52,9 +52,8 @@ def run_page(run: RunFacts, sweep_dir: str) -> dict[str, Any]:
         "err": run.err,
         "models": run.models,
     }
-    if run.curves is not None:
-        page |= _curves(run.curves, run.args)
-    return {key: value for key, value in page.items() if value not in (None, "", [], {})}  # position 0 is a choice
+    page = {key: value for key, value in page.items() if value not in (None, "", [], {})}
+    return page if run.curves is None else page | _curves(run.curves, run.args)
 
 
 def _curves(curves: Curves, args: Mapping[str, Any]) -> dict[str, Any]:

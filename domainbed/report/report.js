@@ -200,14 +200,14 @@ function linePath(steps, values, at) {
   let pen = "M";
   return values.map((value, i) => {
     if (value === null) { pen = "M"; return ""; }
-    const part = `${pen}${at.x(steps[i]).toFixed(1)} ${at.y(value).toFixed(1)}`;
+    const part = `${pen}${at.x(steps[i]).toFixed(1)} ${at.y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`;  // one point is seen
     pen = "L";
     return part;
   }).join("");
 }
 
 const lineStyle = (i) => ({
-  fill: "none", "stroke-width": 2, style: `stroke: var(--s${i % COLORS})`,
+  fill: "none", "stroke-width": 2, "stroke-linecap": "round", style: `stroke: var(--s${i % COLORS})`,
   "stroke-dasharray": DASHES[i % DASHES.length] || null,
 });
 
@@ -231,7 +231,7 @@ function lineChart(title, run, series) {
   }));
   return make("div", { class: "chart" }, make("h3", {}, title),
     frame({ role: "img", "aria-label": `${title}; the numbers stand in the table below.` },
-      axes(xRange, [0, 1], at, "step", "percent", whole, (value) => whole(100 * value)), mark, ...lines), legend);
+      axes(xRange, [0, 1], at, "step", "percent", (step) => (Number.isInteger(step) ? whole(step) : ""), (value) => whole(100 * value)), mark, ...lines), legend);
 }
 
 function markPath(shape, x, y, r = 5) {
@@ -342,6 +342,7 @@ function runPage(position) {
 }
 
 function route() {
+  if (location.hash === "#main") return;  // the link past the navigation stays on the page that is shown
   const name = /^#run\/(.+)$/.exec(location.hash)?.[1];
   const position = name === undefined ? -1 : index.runs.findIndex((run) => runLink(run.name) === `#run/${name}`);
   byId("overview").hidden = position >= 0;

@@ -6,6 +6,7 @@ shared between machines.
 """
 
 import gc
+import json
 import logging
 import os
 import sqlite3
@@ -17,8 +18,6 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from domainbed import records as keys
 from domainbed.condensing import Judged, Summary, Timing
@@ -77,7 +76,7 @@ class Collected:
             for number, summary in enumerate(entry.summaries):
                 row = known.get(summary.settings)
                 if row is None:
-                    row = known[summary.settings] = Row.of(msgspec.json.decode(summary.settings))
+                    row = known[summary.settings] = Row.of(json.loads(summary.settings))
                 trial_seed, hparams_seed, seed = summary.seeds
                 test_envs = tuple(sorted(summary.test_envs))
                 run = Run(row, summary.dataset, test_envs, trial_seed or 0, hparams_seed or 0, seed or 0)
@@ -113,7 +112,7 @@ class Collected:
         found = []
         for name in sorted({part.name for run in wanted for part in self.runs[run]}):
             with suppress(FileNotFoundError):
-                found += keys.read(self.directory / name / keys.RESULTS_FILE)[0]
+                found += keys.read_checkpoints(self.directory / name / keys.RESULTS_FILE)[0]
         return [record for record in found if Run.of(record["args"]) in wanted]
 
     def sweep_acc(self, method: type[SelectionMethod], runs: Sequence[Run]) -> float | None:
@@ -124,12 +123,18 @@ class Collected:
             judged = self._judged(JUDGED[method], [run for run in runs if len(run.test_envs) == 1])
             if judged is not None:
                 return chosen_acc(judged)
-        ours = method in JUDGED or method is LeaveOneOutSelectionMethod
+        ours = method is LeaveOneOutSelectionMethod or (method in JUDGED and not self._lack(JUDGED[method], runs))
         return method.sweep_acc(Q(self.load(runs) if ours else self.every(runs)))
+
+    def _lack(self, method: str, runs: Iterable[Run]) -> bool:
+        """Whether checkpoints will be left out, which are counted where all of them are looked at."""
+        judged = (getattr(part.summary, method) for run in runs for part in self.runs[run])
+        return any(some is not None and some.lacking for some in judged)
 
     def _judged(self, method: str, runs: Iterable[Run]) -> dict[Any, Accs] | None:
         """The accuracies of each draw that can be judged; None where that takes its records."""
         found: dict[Any, Accs | None] = {}
+        lacking = []
         for run in runs:
             parts = self.runs[run]
             judged: Judged | None = getattr(parts[0].summary, method)
@@ -137,9 +142,11 @@ class Collected:
                 return None
             if judged.lacking:
                 name = f"{run.row.name}, {run.dataset}, test_envs {list(run.test_envs)}, seed {run.seed}"
-                warn_lacking(judged.lacking, judged.of, name)
+                lacking.append((f"{judged.lacking} of {judged.of}", name))
             accs = judged.accs
             found[run.hparams_seed] = None if accs is None else {"val_acc": accs[0], "test_acc": accs[1]}
+        for how_many, name in lacking:
+            warn_lacking(how_many, name)
         return {draw: accs for draw, accs in found.items() if accs is not None}
 
     @cached_property

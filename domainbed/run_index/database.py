@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
-from domainbed.condensing import Summary
+from domainbed.condensing import Judged, Summary, Timing
 from domainbed.condensing.lines import SHARED, Segment
+from domainbed.model_selection import CRITERIA
 from domainbed.rows import NOT_ROW
 
 INDEX_FILE = ".collected.sqlite"
@@ -39,10 +40,6 @@ class Entry(msgspec.Struct, array_like=True, gc=False, frozen=True):
     summaries: list[Summary]
 
 
-# What is stored, and what it was made by; an index of another version is made anew.
-VERSION = zlib.crc32(repr((1, TABLES, Entry.__struct_fields__, Summary.__struct_fields__, sorted(NOT_ROW))).encode())
-
-
 class Kept(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """A ``condensing.lines.Segment`` as it is stored, with None for what its lines share."""
 
@@ -66,6 +63,12 @@ class Kept(msgspec.Struct, array_like=True, gc=False, frozen=True):
         return Segment(self.args, self.hparams, self.shapes, [*self.lines]).records()
 
 
+def version() -> int:
+    """Of what is stored, and what it was made by, now: criteria may be added; an index of another is made anew."""
+    fields = [kind.__struct_fields__ for kind in (Entry, Summary, Judged, Timing, Kept)]
+    return zlib.crc32(repr((2, TABLES, fields, sorted(NOT_ROW), sorted(CRITERIA))).encode()) & 0x7FFFFFFF
+
+
 _ENCODER = msgspec.msgpack.Encoder()
 _ENTRY = msgspec.msgpack.Decoder(Entry)
 _KEPT = msgspec.msgpack.Decoder(list[Kept])
@@ -75,13 +78,14 @@ class Damaged(Exception):
     """The index does not hold what was put in."""
 
 
-def _sealed(value: Any) -> tuple[int, bytes]:
+def _sealed(name: bytes, value: Any) -> tuple[int, bytes]:
+    """What is stored under a name: nothing else passes for it, another name's value included."""
     data = _ENCODER.encode(value)
-    return zlib.crc32(data), data
+    return zlib.crc32(data, zlib.crc32(name)), data
 
 
-def _opened(seal: int, data: bytes, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    if zlib.crc32(data) != seal:
+def _opened(name: Any, seal: Any, data: Any, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
+    if not (isinstance(name, bytes) and isinstance(data, bytes)) or zlib.crc32(data, zlib.crc32(name)) != seal:
         raise Damaged
     try:
         return decoder.decode(data)
@@ -104,8 +108,8 @@ class Index:
         """
         uri = f"{(directory / INDEX_FILE).resolve().as_uri()}?mode=ro&immutable=1"
         found = cls(sqlite3.connect(uri, uri=True))
-        (version,) = found.database.execute("PRAGMA user_version").fetchone()
-        if version != VERSION & 0x7FFFFFFF:
+        (stored,) = found.database.execute("PRAGMA user_version").fetchone()
+        if stored != version():
             raise Damaged
         return found
 
@@ -119,31 +123,36 @@ class Index:
             old.database.backup(database)
         database.execute("PRAGMA journal_mode = OFF")  # the file is thrown away unless it is finished
         if old is None:
-            database.executescript(f"{TABLES} PRAGMA user_version = {VERSION & 0x7FFFFFFF}")
+            database.executescript(f"{TABLES} PRAGMA user_version = {version()}")
         return cls(database)
 
     def entries(self) -> dict[str, Entry]:
         rows = self.database.execute("SELECT name, seal, entry FROM entries")
-        return {os.fsdecode(name): _opened(seal, data, _ENTRY) for name, seal, data in rows}
+        opened = ((name, _opened(name, seal, data, _ENTRY)) for name, seal, data in rows)
+        return {os.fsdecode(name): entry for name, entry in opened}
 
     def kept(self, name: str) -> list[Kept]:
-        found = self.database.execute("SELECT seal, kept FROM kept WHERE name = ?", (os.fsencode(name),)).fetchone()
+        row = os.fsencode(name)
+        found = self.database.execute("SELECT seal, kept FROM kept WHERE name = ?", (row,)).fetchone()
         if found is None:
             raise Damaged
         seal, data = found
-        kept: list[Kept] = _opened(seal, data, _KEPT)
+        kept: list[Kept] = _opened(row, seal, data, _KEPT)
         return kept
 
     def official(self) -> dict[str, tuple[int, ...]]:
         """The datasets' validation environments when the index was made."""
         rows = self.database.execute("SELECT dataset, environments FROM official")
-        return {dataset: tuple(msgspec.json.decode(text)) for dataset, text in rows}
+        try:
+            return {dataset: tuple(msgspec.json.decode(text)) for dataset, text in rows}
+        except (msgspec.DecodeError, TypeError):
+            raise Damaged from None
 
     def put(self, name: str, entry: Entry, kept: list[Kept]) -> None:
         """Raises OverflowError or UnicodeEncodeError for numbers and texts that can't be stored."""
         row = os.fsencode(name)
-        self.database.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (row, *_sealed(kept)))
-        self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", (row, *_sealed(entry)))
+        self.database.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (row, *_sealed(row, kept)))
+        self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", (row, *_sealed(row, entry)))
 
     def forget(self, names: Iterable[str]) -> None:
         rows = [(os.fsencode(name),) for name in names]

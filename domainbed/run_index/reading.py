@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -32,8 +33,10 @@ class Files:
         stamps, explained = {}, []
         for name in sorted(os.listdir(directory)):
             with suppress(OSError):
-                stamps[name] = stamp_of(os.stat(f"{directory}/{name}/{keys.RESULTS_FILE}"))
-            if os.access(f"{directory}/{name}/{explanation_records.EXPLANATIONS_FILE}", os.F_OK):
+                found = os.stat(f"{directory}/{name}/{keys.RESULTS_FILE}")
+                if stat.S_ISREG(found.st_mode):
+                    stamps[name] = stamp_of(found)
+            if os.path.isfile(f"{directory}/{name}/{explanation_records.EXPLANATIONS_FILE}"):
                 explained.append(name)
         return cls(stamps, {name: explanation_records.read(directory / name) for name in explained})
 
@@ -46,8 +49,8 @@ class Files:
         return name not in self.explanations or set(self.steps(name)) <= set(steps)
 
 
-def stamp_of(stat: os.stat_result) -> Stamp:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+def stamp_of(found: os.stat_result) -> Stamp:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 class Pairs:
@@ -83,7 +86,9 @@ class Collector:
     def _take_over(self, old: Index) -> None:
         """What the index says of files that are as they were."""
         entries = old.entries()
-        other = {dataset for dataset, envs in old.official().items() if envs != tuple(validation_envs(dataset))}
+        official = old.official()
+        datasets = {summary.dataset for entry in entries.values() for summary in entry.summaries}
+        other = {dataset for dataset in datasets if official.get(dataset) != tuple(validation_envs(dataset))}
         for name, stamp in self.files.stamps.items():
             entry = entries.get(name)
             if entry is None or entry.stamp != stamp or not self.files.explain_no_more(name, entry.explained):
@@ -156,7 +161,7 @@ def read(run: Path, pairs: Pairs, explained: tuple[Any, ...]) -> tuple[Entry, li
         with open(run / keys.RESULTS_FILE, "rb", buffering=0) as file:
             stamp = stamp_of(os.fstat(file.fileno()))
             data = file.read()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     segments, skipped = parse(data)
     for segment in segments:

@@ -201,7 +201,7 @@ FLAGGED: dict[str, tuple[str, Make]] = {
 EVERY = "all"
 NEEDS = {
     "": "it needs runs on datasets with groups",
-    "ranks": "it needs a dataset with groups on which all rows were run",
+    "ranks": "it needs two rows or more, and a dataset with groups on which each of them has a WGA",
 }
 RESULTS = "results"
 TITLES = {RESULTS: "DomainBed's tables"} | {name: title for name, (title, _) in (ALWAYS | NAMED | FLAGGED).items()}
@@ -282,10 +282,12 @@ def main(argv: list[str]) -> int:
         else render(tables, args.format, TITLES[name], f"Total records: {sweep.found.total}")
         for name, tables in {RESULTS: results(sweep), **own}.items()
     }
-    with bad_input():
-        for name, text in texts.items():
-            Path(args.input_dir, f"{name}.{SUFFIXES[args.format]}").write_text(text, encoding="utf-8")
-    print(printed(texts, args.format), end="")
+    try:
+        print(printed(texts, args.format), end="")  # first: a directory that can't be written to can be read
+    finally:  # also where nobody reads on, as with "| head"
+        with bad_input():
+            for name, text in texts.items():
+                Path(args.input_dir, f"{name}.{SUFFIXES[args.format]}").write_text(text, encoding="utf-8")
     if args.format == "latex" and own:
         logger.info("the other tables are in %s: %s", args.input_dir, ", ".join(f"{name}.tex" for name in own))
     return 0

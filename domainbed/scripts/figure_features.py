@@ -81,13 +81,15 @@ def draw(args: argparse.Namespace) -> None:
     """Draws the figure, prints its scores and writes them beside it.
 
     Raises:
-        BadInput: there are no such runs, or they have no such features.
+        BadInput: there are no such runs, they are tested on different images, or they have no such features.
     """
     with bad_input():
         out = subjects.output_file(args)
         if not args.no_umap:
             features.require_umap()
-        shown = [show(name, file, args) for name, file in subjects.chosen_files(args).items()]
+        files = subjects.chosen_files(args)
+        subjects.check_same_images(list(files.values()))
+        shown = [show(name, file, args) for name, file in files.items()]
         method = "PCA" if args.no_umap else "UMAP"
         figure = picture(shown, method, args.seed)
         figures.save(figure, out, f"Penultimate features ({method})", describe(shown, method))
@@ -138,15 +140,7 @@ def panels(shown: Shown) -> list[Panel]:
 
 
 def picture(shown: Sequence[Shown], method: str, seed: int) -> Any:
-    """A row of panels for each run.
-
-    Raises:
-        ValueError: the runs are of several datasets or test environments.
-    """
-    if len(kinds := {some.kind for some in shown}) > 1:
-        raise ValueError(
-            f"runs of {'; '.join(sorted(kinds))}: their colours mean different things; draw them one by one"
-        )
+    """A row of panels for each run, which are of the same dataset and test environments."""
     what = f"UMAP (seed {seed})" if method == "UMAP" else "the two main directions (PCA)"
     title = f"Penultimate features of {shown[0].kind}: {what}"
     return figures.scatter_grid([(some.name, panels(some)) for some in shown], title)

@@ -26,9 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a picture shows of one model: the images (n, C, H, W), their titles, its strips, true masks if known."""
+    """What a picture shows of one model.
+
+    Attributes:
+        file: the model.
+        source: of which environment the images are, and what the run did with them.
+        images: (n, C, H, W).
+        titles: of the images.
+        strips: what is drawn beside them.
+        truth: the true masks, if known.
+    """
 
     file: Path
+    source: str
     images: torch.Tensor
     titles: Sequence[str]
     strips: Sequence[figures.Strip]
@@ -107,7 +117,18 @@ def sketch(subject: Subject, split: Split, name: str, view: View) -> Sketch:
         strips.append(figures.Strip(f"{name}\nmask", learned.cpu().numpy(), overlaid=False))
     titles = [dataset.group_name(int(k) * dataset.num_confounders + int(v)) for k, v in zip(y, c, strict=True)]
     titles = titles if grouped else [class_name(dataset, int(k)) for k in y]
-    return Sketch(subject.file, x.cpu(), titles, strips, masks(split.environment, keys))
+    return Sketch(subject.file, source(subject, split), x.cpu(), titles, strips, masks(split.environment, keys))
+
+
+def source(subject: Subject, split: Split) -> str:
+    """The environment of a split, and what the run did with its images, in words."""
+    if split.env in subject.test_envs:
+        use = "tested on" if split.kind == "in" else f"tested on, {split.kind}-split"
+    elif split.env in subject.dataset.VALIDATION_ENVS:
+        use = "validated on"
+    else:
+        use = "trained on" if split.kind == "in" else "held out of training"
+    return f"env {split.env} ({use})"
 
 
 def shown_keys(split: Split, n: int, seed: int, num_confounders: int) -> Integers:
@@ -149,6 +170,6 @@ def describe(sketches: Sequence[Sketch]) -> str:
     strips = [(strip, strip.title.replace("\n", ", ")) for some in sketches for strip in some.strips]
     right = [f"{title} {int(strip.correct.sum())}" for strip, title in strips if strip.correct is not None]
     others = [title for strip, title in strips if strip.correct is None]
-    n = len(sketches[0].images)
-    words = f"{n} test images, a row each ({'; '.join(dict.fromkeys(sketches[0].titles))}), and where networks look."
+    n, groups = len(sketches[0].images), "; ".join(dict.fromkeys(sketches[0].titles))
+    words = f"{n} images of {sketches[0].source}, one by one ({groups}), and where networks look."
     return f"{words} Predicted right of {n}: {', '.join(right)}." + (f" Also: {', '.join(others)}." if others else "")

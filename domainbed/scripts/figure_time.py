@@ -20,5 +20,5 @@ def draw(args: argparse.Namespace) -> None:
     with bad_input():
         path = sweep_figures.destination(args)
         found = sweep_figures.collect(args.input_dir)
-        picture = record_figures.time(sweep_figures.of_datasets(found.records, args.datasets), args.criterion, found.timings)
-        sweep_figures.save(picture, path)
+        records = sweep_figures.of_datasets(found.records, args.datasets)
+        sweep_figures.save(record_figures.time(records, args.criterion, found.timings), path)

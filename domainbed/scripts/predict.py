@@ -53,12 +53,18 @@ def main(argv: Sequence[str]) -> int:
         predictor = predictors.load(args.model)
         files = predictors.find_files(args.images)
         explainer = predictor.explainer(args.method) if args.explain else None
-        out = open(args.out, "w", newline="", encoding="utf-8")  # noqa: SIM115 -- closed right below
-    print(predictor)
+        # names of files that are not UTF-8 are written as the bytes that they are
+        out = open(args.out, "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 -- closed below
+    print(_readable(str(predictor)))
     with out:
         job = Job(predictor, explainer, args, _places(args.images, files))
         job.run(files, out)
     return job.report()
+
+
+def _readable(text: str) -> str:
+    """The text, with what is not UTF-8 in names of files replaced."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,10 +136,10 @@ class Job:
         path = Path(self.args.explain, f"{self.places[file]}.png")  # a.jpg and a.png stay two
         path.parent.mkdir(parents=True, exist_ok=True)
         name, p = found.names[i], found.probabilities[i].max()
-        about = PngInfo()
-        about.add_itxt("Title", f"{file.name}: {name}")
+        about, shown = PngInfo(), _readable(file.name)
+        about.add_itxt("Title", f"{shown}: {name}")
         about.add_itxt(
-            "Description", f"{file.name} in grey, in bright colours where the model looks for {name} (p = {p:.2f})"
+            "Description", f"{shown} in grey, in bright colours where the model looks for {name} (p = {p:.2f})"
         )
         with Image.open(file) as picture:
             overlay(picture.convert("RGB"), heatmap).save(path, pnginfo=about)
@@ -141,7 +147,7 @@ class Job:
     def report(self) -> int:
         """Prints what came of it; the exit status."""
         pictures = f", pictures to {self.args.explain}" if self.args.explain else ""
-        print(f"Wrote predictions of {self.done} images to {self.args.out}{pictures}")
+        print(_readable(f"Wrote predictions of {self.done} images to {self.args.out}{pictures}"))
         if self.hits:
             print(accuracies(self.hits))
         if not self.skipped:

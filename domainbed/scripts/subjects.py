@@ -137,12 +137,23 @@ def chosen_files(args: argparse.Namespace) -> dict[str, Path]:
     if unused := [flag for flag in ("rows", "dataset", "test_envs") if getattr(args, flag) is not None]:
         raise ValueError(f"--{unused[0]} is for --input_dir; with --runs, name the runs that you want")
     files = [saved_models.find(path) for path in args.runs]
+    _check_once("--runs", args.runs, [file.resolve() for file in files])
     rows = [Row.of(saved_models.load(file, torch.device("cpu"))["args"]) for file in files]
     names = row_names([set(rows)])
     count = Counter(names[row] for row in rows)
-    titled = [names[row] if count[names[row]] == 1 else f"{names[row]} ({file.parent.name}/{file.name})"
-              for row, file in zip(rows, files, strict=True)]  # fmt: skip
+    short = [f"{file.parent.name}/{file.name}" for file in files]
+    places = short if len(set(short)) == len(files) else [str(file) for file in files]
+    titled = [names[row] if count[names[row]] == 1 else f"{names[row]} ({place})"
+              for row, place in zip(rows, places, strict=True)]  # fmt: skip
     return dict(zip(titled, files, strict=True))
+
+
+def _check_once(flag: str, words: Sequence[str], meant: Sequence[Any]) -> None:
+    """Raises ValueError if two words mean the same thing."""
+    for i, thing in enumerate(meant):
+        if (first := meant.index(thing)) < i:
+            both = f"{words[i]} twice" if words[i] == words[first] else f"{words[first]} and {words[i]}, the same model"
+            raise ValueError(f"{flag} names {both}; name each once")
 
 
 def stand_ins(
@@ -163,6 +174,7 @@ def stand_ins(
     Raises:
         ValueError, FileNotFoundError: no such runs, or one left no model.
     """
+    _check_once("--rows", only or (), only or ())
     directories, found = _runs(directory)
     cells = meeting(directories)
     meant = [cell for cell in cells if dataset in (None, cell[0])]

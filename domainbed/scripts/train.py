@@ -27,6 +27,7 @@ from domainbed import (
     mask_files,
     notices,
     partitions,
+    predictors,
     run_directory,
     snapshots,
     states,
@@ -224,7 +225,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     if args["explain"]:
         Explainer(algorithm).check(shape)  # now, not when the training is over
-    return Run(args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device())
+    return Run(
+        args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device(), about(dataset)
+    )
 
 
 def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list[Split]]:
@@ -234,6 +237,12 @@ def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list
     dataset.use_input_pipeline(args["input_pipeline"])
     fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
     return dataset, split_environments(dataset, args["test_envs"], *fractions, trial_seed=args["trial_seed"])
+
+
+def about(dataset: Any) -> dict[str, Any]:
+    """What a model says of the dataset, so that it predicts where that is not known."""
+    normalised = predictors.normalises(dataset.input_shape, dataset.HPARAMS_SIZE, dataset.NORMALISED)
+    return {"class_names": list(map(str, dataset.CLASSES)), "normalised": normalised}
 
 
 def refuse_what_needs_validation(args: dict[str, Any], hparams: dict[str, Any]) -> None:

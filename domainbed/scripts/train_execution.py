@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one training needs."""
+    """Everything that one training needs; ``about`` is what its models say of the dataset."""
 
     args: dict[str, Any]
     hparams: dict[str, Any]
@@ -45,6 +45,7 @@ class Run:
     plan: training.Plan
     stopping: training.EarlyStopping | None
     device: torch.device
+    about: dict[str, Any]
 
     @property
     def directory(self) -> Path:
@@ -154,6 +155,7 @@ class Execution:
     def _save_model(self, name: str, **more: Any) -> None:
         self.claim.check()
         run = self.run
+        more |= run.about
         training.save_model(run.directory / name, run.algorithm, run.task, run.hparams, run.args, **more)
 
     def save(self) -> bool:

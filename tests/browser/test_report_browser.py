@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,14 +38,18 @@ CONTRAST = """() => {
 }"""
 
 
-def write_sweep(sweep: Path, runs: int) -> None:
+def sweeps() -> ModuleType:
     path = Path(__file__).parent.with_name("report_sweeps.py")
     spec = importlib.util.spec_from_file_location("report_sweeps", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.make(sweep, runs, 4)
+    return module
+
+
+def write_sweep(sweep: Path, runs: int) -> None:
+    sweeps().make(sweep, runs, 4)
 
 
 @pytest.fixture(scope="module")
@@ -210,4 +215,22 @@ def test_two_thousand_runs_load(browser: Any, tmp_path: Path) -> None:
     usable = "performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart"
     print("milliseconds until it can be used:", page.evaluate(usable))
     assert (tmp_path / "report.html").stat().st_size < 15e6
+    assert wrong == []
+
+
+def test_runs_without_groups_or_numbers_have_pages(browser: Any, tmp_path: Path) -> None:
+    module = sweeps()
+    for trial, accs in enumerate(([0.5, 0.75], [float("nan")], [0.25])):
+        args = module.arguments("ERM", trial)
+        place = module.add_run(tmp_path, args, records=0)
+        lines = [module.plain_record(args, 10 * i, acc) for i, acc in enumerate(accs)]
+        (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.main(["--input_dir", str(tmp_path)])
+    page, wrong = opened(browser, tmp_path / "report.html")
+    for path in sorted(tmp_path.glob("*/results.jsonl")):
+        page.goto(f"{(tmp_path / 'report.html').as_uri()}#run/{path.parent.name}")
+        assert path.parent.name in page.text_content("#run")
+    page.locator(".skip").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#run").is_visible()
     assert wrong == []

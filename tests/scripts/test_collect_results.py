@@ -143,7 +143,10 @@ class TestMain:
         collect_results.main(["--input_dir", str(directory), "--format", "csv"])
         results, groups = ((directory / f"{name}.csv").read_text("utf-8") for name in ("results", "groups"))
         assert capsys.readouterr().out == f"{results}\n{groups}"
-        first = next(csv.DictReader(results.splitlines()))
+        first, averages = (line for line in csv.DictReader(results.splitlines()) if "training-domain" in line["table"])
+        assert all(line["notes"].endswith("accuracies are fractions.") for line in (first, averages))
+        (protocol, *_) = csv.DictReader(groups.splitlines())
+        assert "Protocol: one draw of the hparams, seed 0 " in protocol["notes"]
         assert first["Algorithm"] == "ERM"
         assert float(first["+90% mean"]) == 0.5
         assert float(first["+90% standard error"]) == pytest.approx(0.25 / 2**0.5)
@@ -201,6 +204,26 @@ class TestMain:
         (directory / "results.txt").write_text("x" * 10_000)
         collect_results.main(["--input_dir", str(directory)])
         assert "x" * 10 not in (directory / "results.txt").read_text()
+
+    def test_a_sweep_that_can_not_be_written_to_is_printed_all_the_same(self, sweep, capsys):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+        (directory / "results.txt").mkdir()
+        with pytest.raises(BadInput, match=r"Is a directory.*results\.txt"):
+            collect_results.main(["--input_dir", str(directory)])
+        printed = capsys.readouterr().out
+        assert printed.startswith("Total records: 1\n")
+        assert "Average (AA) and worst-group (WGA) accuracy" in printed
+
+    def test_files_are_written_though_nobody_reads_what_is_printed(self, sweep, monkeypatch):
+        directory = sweep([record(**PLAIN, **GROUPS)])
+
+        def closed(*_args, **_kwargs):
+            raise BrokenPipeError
+
+        monkeypatch.setattr("builtins.print", closed)
+        with pytest.raises(BrokenPipeError):
+            collect_results.main(["--input_dir", str(directory)])
+        assert {path.name for path in directory.glob("*.txt")} == {"results.txt", "groups.txt"}
 
     def test_a_torn_line_does_not_matter(self, sweep, capsys, caplog):
         directory = sweep([record(**PLAIN)], [record(trial_seed=1, **PLAIN)], tail='{"args": {"algo')

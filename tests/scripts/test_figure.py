@@ -97,7 +97,7 @@ def test_what_can_t_be_drawn_is_bad_input(tmp_path: Path) -> None:
         ("curves", "--input_dir", str(empty)): "holds no records",
         ("scatter", "--input_dir", str(plain)): "no run holds groups",
         ("curves", "--input_dir", str(plain)): "no run holds groups",
-        ("ranks", "--input_dir", str(plain)): "average ranks need two rows",
+        ("ranks", "--input_dir", str(plain)): "no run holds groups",
         ("curves",): "give either --input_dir",
         ("curves", "--runs", str(run)): "say by --out",
         ("curves", "--runs", str(empty), "--out", str(tmp_path / "c.png")): "holds no results.jsonl",

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from domainbed import figures
 from domainbed.scripts import BadInput, figure, figure_gradcam, subjects, train
-from domainbed.splits import split_environments
+from domainbed.splits import Split, split_environments
 
 pytest.importorskip("matplotlib")
 
@@ -65,7 +66,7 @@ def test_a_sweep_gives_a_column_to_each_network(sweep: Path, grids: list[Any], c
         assert strip.correct.tolist() == [t.split(", ")[0] == c for t, c in zip(titles, strip.captions, strict=True)]
     said = texts(sweep / "figures" / "gradcam.png")
     assert said["Title"] == "Where the networks look (grad_cam)"
-    assert "4 test images, a row each (0, gravel; 1, city; 4, brick; 6, grass)" in said["Description"]
+    assert "4 images of env 0 (tested on), one by one (0, gravel; 1, city; 4, brick; 6, grass)" in said["Description"]
     assert f"ERM:random, grad_cam {int(marked[0].correct.sum())}" in said["Description"]
     assert "ERM:random: b/model_best.pkl, step" in capsys.readouterr().out
 
@@ -78,6 +79,7 @@ def test_runs_are_drawn_in_their_order(sweep: Path, grids: list[Any], tmp_path: 
     assert len(images) == 2
     assert [strip.title.split("\n")[0] for strip in strips[:-1]] == ["EX2L_MAE", "EX2L_MAE", "ERM:random"]
     assert out.read_text().startswith("<?xml")
+    assert "2 images of env 1 (trained on), one by one" in out.read_text()
 
 
 def test_runs_of_one_row_are_told_apart(sweep: Path, grids: list[Any], tmp_path: Path) -> None:
@@ -86,6 +88,31 @@ def test_runs_of_one_row_are_told_apart(sweep: Path, grids: list[Any], tmp_path:
     figure.main(["gradcam", "--runs", *runs, "--images", "1", "--out", str(tmp_path / "a.png")])
     names = [strip.title.split("\n")[0] for strip in grids[0][2][:-1]]
     assert names == ["ERM:random (b/model_best.pkl)", "ERM:random (again/model_best.pkl)"]
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(sweep: Path, grids: list[Any], tmp_path: Path) -> None:
+    runs = [tmp_path / parent / "run" for parent in ("one", "two")]
+    for run in runs:
+        shutil.copytree(sweep / "b", run)
+    figure.main(["gradcam", "--runs", *map(str, runs), "--images", "1", "--out", str(tmp_path / "a.png")])
+    names = [strip.title.split("\n")[0] for strip in grids[0][2][:-1]]
+    assert names == [f"ERM:random ({run / 'model_best.pkl'})" for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("kind", "e", "expected"),
+    [
+        ("in", 1, "env 1 (tested on)"),
+        ("uda", 1, "env 1 (tested on, uda-split)"),
+        ("in", 0, "env 0 (trained on)"),
+        ("out", 0, "env 0 (held out of training)"),
+        ("in", 2, "env 2 (validated on)"),
+    ],
+)
+def test_what_a_run_did_with_images_is_said(kind: str, e: int, expected: str) -> None:
+    dataset = SimpleNamespace(VALIDATION_ENVS=(2,))
+    subject = subjects.Subject(Path("model.pkl"), {"test_envs": [1]}, 0, None, dataset, [])
+    assert figure_gradcam.source(subject, Split(e, kind, None, np.arange(3), e)) == expected
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
@@ -145,6 +172,12 @@ def test_umap_is_asked_for_before_anything_is_computed(sweep: Path, monkeypatch:
         (["--runs", "SWEEP/a"], "--out: name the file of the figure"),
         (["--runs", "SWEEP/a", "--out", "a.jpg"], "a.jpg: a figure is written as .png, .pdf, .svg"),
         (["--runs", "SWEEP/a", "--rows", "ERM", "--out", "a.png"], "--rows is for --input_dir"),
+        (["--runs", "SWEEP/a", "SWEEP/b", "SWEEP/a", "--out", "a.png"], "--runs names .*a twice; name each once"),
+        (
+            ["--runs", "SWEEP/a", "SWEEP/a/model_best.pkl", "--out", "a.png"],
+            "--runs names .*a and .*model_best.pkl, the same model",
+        ),
+        (["--input_dir", "SWEEP", "--rows", "ALIGN:group", "ALIGN:group"], "--rows names ALIGN:group twice"),
         (["--input_dir", "SWEEP/a"], "a holds no runs"),
         (
             ["--input_dir", "SWEEP", "--rows", "IRM"],
@@ -164,8 +197,10 @@ def test_runs_on_other_images_are_not_compared(sweep: Path, tmp_path: Path) -> N
     words = ["--algorithm", "ERM", "--trial_seed", "1", "--output_dir", str(tmp_path / "other")]
     assert train.main([*FLAGS, *words]) == 0
     runs = ["--runs", str(sweep / "b"), str(tmp_path / "other"), "--out", str(tmp_path / "a.png")]
-    with pytest.raises(BadInput, match="differ in trial_seed: 0 and 1; draw them one by one"):
-        figure.main(["gradcam", *runs])
+    for words in (["gradcam"], ["features", "--no_umap"]):
+        with pytest.raises(BadInput, match="differ in trial_seed: 0 and 1; draw them one by one"):
+            figure.main([*words, *runs])
+    assert not list(tmp_path.glob("a.*"))
 
 
 def test_a_model_of_an_older_class_is_no_crash(sweep: Path, tmp_path: Path) -> None:

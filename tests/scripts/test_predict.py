@@ -1,6 +1,7 @@
 """From a folder of images to a CSV file and pictures of where the model looks."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,21 @@ def test_what_can_not_be_read_is_named_and_the_rest_is_written(
         assert f"skipped {folder / name}: " in printed.err
     assert "error: 2 of 7 images can't be read and were skipped" in printed.err
     assert "of 3 images in folders named as classes" in printed.out
+
+
+def test_a_name_that_is_not_utf_8(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder / "d") + b"\xff.png"))
+    (folder / "d.png").rename(odd)
+    out = Path(os.fsdecode(os.fsencode(tmp_path / "out") + b"\xff.csv"))
+    argv = ["--model", str(model), "--images", str(folder), "--out", str(out), "--explain", str(tmp_path / "look")]
+    assert predict.main(argv) == 0
+    with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert str(odd) in [line["file"] for line in csv.DictReader(file)]
+    with Image.open(tmp_path / "look" / f"{odd.name}.png") as picture:
+        assert picture.text["Title"].startswith("d\ufffd.png: ")
+    capsys.readouterr().out.encode()  # printed in full to a terminal
 
 
 def test_pictures_keep_the_folders(model: Path, folder: Path, tmp_path: Path) -> None:
