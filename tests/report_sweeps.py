@@ -17,17 +17,14 @@ def arguments(algorithm: str, trial: int, draw: int = 0, **more: Any) -> dict[st
     return {"algorithm": algorithm, "dataset": "Debug28", "test_envs": [2], **seeds, **more}
 
 
-def plain_record(args: dict[str, Any], step: int, acc: float) -> dict[str, Any]:
-    """A checkpoint without groups."""
-    found = {"args": args, "step": step, "epoch": step / 10, "step_time": 0.01, "hparams": {}, "mem_gb": 0.0}
-    return found | {f"env{env}_{split}_acc": acc for env in range(3) for split in ("in", "out")}
-
-
-def record(args: dict[str, Any], step: int, rng: random.Random) -> dict[str, Any]:
-    """A checkpoint with random accuracies of four groups on two validation splits and the test split."""
+def record(args: dict[str, Any], step: int, rng: random.Random, groups: bool = True) -> dict[str, Any]:
+    """A checkpoint with random accuracies of four groups, or of none, on two validation splits and the test split."""
     found: dict[str, Any] = {"args": args, "step": step, "epoch": step / 10, "loss": rng.random(), "step_time": 0.01}
     found |= {"hparams": {"lr": 0.001, "batch_size": 32, "backbone": "small_cnn"}, "mem_gb": 1.5}
-    for env, split in ((0, "out"), (1, "out"), (2, "in"), (2, "out")):
+    splits = ((0, "out"), (1, "out"), (2, "in"), (2, "out"))
+    if not groups:
+        return found | {f"env{env}_{split}_acc": rng.random() for env, split in splits}
+    for env, split in splits:
         accs = [rng.random() for _ in range(GROUPS)]
         found |= {f"env{env}_{split}_acc": sum(accs) / GROUPS, f"env{env}_{split}_wga": min(accs)}
         found |= {f"env{env}_{split}_g{g}_acc": acc for g, acc in enumerate(accs)}
@@ -36,7 +33,13 @@ def record(args: dict[str, Any], step: int, rng: random.Random) -> dict[str, Any
 
 
 def add_run(
-    sweep: Path, args: dict[str, Any], records: int = 3, state: str = "done", seed: int = 0, error: str = "it broke"
+    sweep: Path,
+    args: dict[str, Any],
+    records: int = 3,
+    state: str = "done",
+    seed: int = 0,
+    error: str = "it broke",
+    groups: bool = True,
 ) -> Path:
     """A listed run in a directory of its own; one that is not done has no mark, a failed one says why."""
     name = hashlib.md5(json.dumps(args, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
@@ -47,9 +50,8 @@ def add_run(
         return place
     place.mkdir()
     rng = random.Random(seed)
-    lines = [
-        json.dumps(record({**args, "output_dir": str(place)}, 100 * i, rng), sort_keys=True) for i in range(records)
-    ]
+    given = {**args, "output_dir": str(place)}
+    lines = [json.dumps(record(given, 100 * i, rng, groups), sort_keys=True) for i in range(records)]
     (place / "results.jsonl").write_text("".join(f"{line}\n" for line in lines))
     numbers = "".join("  ".join(f"{rng.random():.10f}" for _ in range(14)) + "\n" for _ in range(records))
     (place / "out.txt").write_text(HEAD + numbers)

@@ -239,6 +239,44 @@ def test_a_sweep_without_records_or_with_foreign_ones_has_a_page(sweeps: ModuleT
     assert [(line["name"] == "theirs", line["dataset"]) for line in lines] == [(False, "Debug28"), (True, "?")]
 
 
+def test_runs_without_groups_or_numbers_have_all_that_their_pages_read(sweeps: ModuleType, tmp_path: Path) -> None:
+    sweeps.add_run(tmp_path, sweeps.arguments("ERM", 0), groups=False)
+    file = sweeps.add_run(tmp_path, sweeps.arguments("ERM", 1), groups=False) / records.RESULTS_FILE
+    file.write_text(re.sub(r'(_acc": )[\d.]+', r"\1NaN", file.read_text()))
+    plain, nan = (payload.run_page(run, "s") for run in data.look(str(tmp_path), "aa_wga").runs)
+    assert (plain["steps"], plain["groups"], plain["table"]) == ([0, 100, 200], [], [])
+    assert set(plain["series"]) == {"AA test", "AA validation"}
+    assert (nan["steps"], nan["series"], nan["chosen"]) == ([0, 100, 200], {}, None)
+    assert "err" not in plain
+
+
+@pytest.mark.parametrize("foreign", ['{"args": {"lr": 1}, "step": 300}', '{"args": {"algorithm": "ERM"}}', "[]"])
+def test_a_foreign_line_at_the_end_hides_no_run(sweeps: ModuleType, tmp_path: Path, foreign: str) -> None:
+    place = sweeps.add_run(tmp_path, sweeps.arguments("ERM", 0))
+    with (place / records.RESULTS_FILE).open("a") as file:
+        file.write(f"{foreign}\n")
+    found = data.look(str(tmp_path), "aa_wga")
+    [run] = found.runs
+    assert (found.total, found.skipped) == (3, {place.name: 1})
+    assert run.curves is not None
+    assert run.curves.steps == [0, 100, 200]
+
+
+def test_a_listed_job_whose_arguments_are_of_no_run_has_a_page(sweeps: ModuleType, tmp_path: Path) -> None:
+    sweeps.add_run(tmp_path, sweeps.arguments("ERM", 0))
+    with (tmp_path / "jobs.jsonl").open("a") as file:
+        file.write('{"name": "odd", "args": {"algorithm": "ERM", "dataset": "Debug28", "test_envs": null}}\n')
+    lines = json.loads(Checked(made(tmp_path)).json["index"])["runs"]
+    assert [(line["dataset"], line["row"]) for line in lines] == [("Debug28", "ERM"), ("?", "?")]
+
+
+def test_steps_that_are_no_integers_are_drawn(sweeps: ModuleType) -> None:
+    found = [sweeps.record(sweeps.arguments("ERM", 0), step, random.Random(0)) for step in (20.0, 10.5)]
+    drawn = curves.curves(found, "aa_wga")
+    assert drawn is not None
+    assert drawn.steps == [10.5, 20.0]
+
+
 def test_points_of_the_scatter_lead_to_their_runs(sweep: Path) -> None:
     found = data.look(str(sweep), "aa_wga")
     [plot] = payload.scatter(found, run_index.collect(sweep).records, "aa_wga")

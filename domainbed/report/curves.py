@@ -24,7 +24,7 @@ class Curves(NamedTuple):
         validation: accuracy of each group on validation at the chosen checkpoint.
     """
 
-    steps: list[int]
+    steps: list[float]
     series: dict[str, list[float | None]]
     groups: dict[int, list[float | None]]
     chosen: int | None
@@ -41,7 +41,7 @@ def curves(records: Sequence[Record], criterion: str) -> Curves | None:
     Args:
         criterion: a name in CRITERIA.
     """
-    by_step = {record["step"]: record for record in records if isinstance(record.get("step"), int)}
+    by_step = {record["step"]: record for record in records}
     if not by_step:
         return None
     checkpoints = [by_step[step] for step in sorted(by_step)]

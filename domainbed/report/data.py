@@ -109,7 +109,7 @@ def look(directory: str, criterion: str) -> Sweep:
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"--input_dir {directory} is no directory; name the --output_dir of a sweep")
     statuses, listed = states.scan(directory), job_lists.read(directory)
-    known = {job.name: job.args for job in listed}
+    known = {job.name: job.args if records.names_run(job._asdict()) else {} for job in listed}
     others = [name for name, status in statuses.items() if status != states.QUEUED or _HASH.fullmatch(name)]
     names = [*known, *sorted(set(others) - known.keys())]
     if not names:
@@ -144,15 +144,9 @@ def _read_files(sweep: Sweep, run: RunFacts, criterion: str) -> None:
         run.curves = curves(found, criterion)
 
 
-def _is_run(args: Mapping[str, Any]) -> bool:
-    """Whether the arguments say which run they are of; those of a job that never ran may not be known."""
-    named = isinstance(args.get("algorithm"), str) and isinstance(args.get("dataset"), str)
-    return named and isinstance(args.get("test_envs"), list)
-
-
 def _name_rows(runs: Iterable[RunFacts]) -> None:
     """Names the rows as tables do."""
-    known = [(run, rows.Run.of(run.args)) for run in runs if _is_run(run.args)]
+    known = [(run, rows.Run.of(run.args)) for run in runs if run.args]
     names = rows.row_names(rows.meeting(of for _, of in known).values())
     for run, of in known:
         run.row = names[of.row]

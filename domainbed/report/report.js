@@ -1,7 +1,7 @@
 "use strict";
 const PER_PAGE = 50;
 const COLORS = 7;
-const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
+const DASHES = ["", "4 5", "0 5", "6 5 0 5"];  // round ends lengthen each dash by the width of the line, 2
 const SHAPES = ["circle", "square", "diamond", "triangle"];
 const byId = (id) => document.getElementById(id);
 const json = (id) => JSON.parse(byId(id).textContent);
@@ -167,15 +167,15 @@ function scales([x0, x1], [y0, y1]) {
   };
 }
 
-function ticks([low, high], count = 5) {
+function ticks([low, high], least = 0, count = 5) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+  const step = Math.max(least, power * [1, 2, 5, 10].find((factor) => factor * power >= rough));
   const first = Math.ceil(low / step - 1e-9);
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
 }
 
-function axes(xRange, yRange, at, xTitle, yTitle, xText, yText) {
+function axes(xRange, yRange, at, xTitle, yTitle, xText, yText, xLeast = 0) {
   const { left, top, width, height } = AREA;
   const parts = [];
   for (const value of ticks(yRange)) {
@@ -183,7 +183,7 @@ function axes(xRange, yRange, at, xTitle, yTitle, xText, yText) {
     parts.push(make("line", { class: "grid", x1: left, x2: left + width, y1: y, y2: y }));
     parts.push(make("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, yText(value)));
   }
-  for (const value of ticks(xRange)) {
+  for (const value of ticks(xRange, xLeast)) {
     parts.push(make("line", { class: "axis", x1: at.x(value), x2: at.x(value), y1: top + height, y2: top + height + 4 }));
     parts.push(make("text", { x: at.x(value), y: top + height + 17, "text-anchor": "middle" }, xText(value)));
   }
@@ -200,7 +200,7 @@ function linePath(steps, values, at) {
   let pen = "M";
   return values.map((value, i) => {
     if (value === null) { pen = "M"; return ""; }
-    const part = `${pen}${at.x(steps[i]).toFixed(1)} ${at.y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`;  // one point is seen
+    const part = `${pen}${at.x(steps[i]).toFixed(1)} ${at.y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`;  // h0: a dot where no line follows
     pen = "L";
     return part;
   }).join("");
@@ -231,7 +231,7 @@ function lineChart(title, run, series) {
   }));
   return make("div", { class: "chart" }, make("h3", {}, title),
     frame({ role: "img", "aria-label": `${title}; the numbers stand in the table below.` },
-      axes(xRange, [0, 1], at, "step", "percent", (step) => (Number.isInteger(step) ? whole(step) : ""), (value) => whole(100 * value)), mark, ...lines), legend);
+      axes(xRange, [0, 1], at, "step", "percent", whole, (value) => whole(100 * value), 1), mark, ...lines), legend);
 }
 
 function markPath(shape, x, y, r = 5) {

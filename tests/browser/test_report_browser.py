@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,19 +219,55 @@ def test_two_thousand_runs_load(browser: Any, tmp_path: Path) -> None:
     assert wrong == []
 
 
-def test_runs_without_groups_or_numbers_have_pages(browser: Any, tmp_path: Path) -> None:
-    module = sweeps()
-    for trial, accs in enumerate(([0.5, 0.75], [float("nan")], [0.25])):
-        args = module.arguments("ERM", trial)
-        place = module.add_run(tmp_path, args, records=0)
-        lines = [module.plain_record(args, 10 * i, acc) for i, acc in enumerate(accs)]
-        (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+@pytest.fixture
+def plain_runs(tmp_path: Path) -> list[str]:
+    """Addresses of a sweep's runs without groups: of three records, of one, of two whose accuracies are all NaN."""
+    made = sweeps()
+    places = [made.add_run(tmp_path, made.arguments("ERM", i), n, groups=False) for i, n in enumerate((3, 1, 2))]
+    file = places[-1] / "results.jsonl"
+    file.write_text(re.sub(r'(_acc": )[\d.]+', r"\1NaN", file.read_text()))
     report.main(["--input_dir", str(tmp_path)])
+    return [f"{(tmp_path / 'report.html').as_uri()}#run/{place.name}" for place in places]
+
+
+def test_runs_without_groups_have_pages_also_where_no_accuracy_is_a_number(
+    browser: Any, plain_runs: list[str], tmp_path: Path
+) -> None:
     page, wrong = opened(browser, tmp_path / "report.html")
-    for path in sorted(tmp_path.glob("*/results.jsonl")):
-        page.goto(f"{(tmp_path / 'report.html').as_uri()}#run/{path.parent.name}")
-        assert path.parent.name in page.text_content("#run")
-    page.locator(".skip").first.focus()
+    for address, lines, taken in zip(plain_runs, (2, 2, 0), (True, True, False), strict=True):
+        page.goto(address)
+        page.wait_for_selector(f"#run:visible p:has-text('{address.split('/')[-1]}')")
+        assert page.locator("#run .chart").count() == 1
+        assert page.locator("#run .chart path title").count() == lines
+        assert ("No checkpoint can be judged" not in page.text_content("#run")) == taken
+        assert "python -m domainbed.scripts.train" in page.text_content("#run")
+    assert wrong == []
+
+
+def test_a_single_record_is_drawn_as_a_dot_over_whole_steps(
+    browser: Any, plain_runs: list[str], tmp_path: Path
+) -> None:
+    page, wrong = opened(browser, tmp_path / "report.html")
+    page.goto(plain_runs[1])
+    page.wait_for_selector("#run .chart")
+    assert page.locator("#run .chart g text[text-anchor=middle]").all_text_contents() == ["0", "1", "step", "percent"]
+    chart = page.locator("#run .chart > svg")
+    page.eval_on_selector_all("#run .chart > svg > *", "all => all.forEach((e) => { e.style.visibility = 'hidden'; })")
+    empty = chart.screenshot()
+    page.eval_on_selector("#run .chart path", "path => { path.style.visibility = 'visible'; }")
+    assert chart.screenshot() != empty
+    assert wrong == []
+
+
+def test_the_skip_link_stays_on_the_page_of_a_run(browser: Any, plain_runs: list[str], tmp_path: Path) -> None:
+    page, wrong = opened(browser, tmp_path / "report.html")
+    page.goto(plain_runs[0])
+    page.wait_for_selector("#run:visible")
+    page.evaluate("addEventListener('hashchange', () => { document.title = 'routed'; })")  # after the page's own
+    page.locator(".skip").focus()
     page.keyboard.press("Enter")
+    page.wait_for_function("document.title === 'routed'")
+    assert page.evaluate("location.hash") == "#main"
     assert page.locator("#run").is_visible()
+    assert not page.locator("#overview").is_visible()
     assert wrong == []
