@@ -153,7 +153,7 @@ def row_names(cells: Iterable[Collection[Row]], partition: bool = True) -> dict[
         partition: False for names that stand beside a column of partitions: then only rows of one partition need
             distinct names, and the partition is not shown.
     """
-    together = [set(cell) for cell in cells]
+    together = [dict.fromkeys(cell) for cell in cells]  # a set's order would be another one in each process
     varying = set().union(*map(_varying, together))
     names = {row: row.titled(varying, partition) for cell in together for row in cell}
     for cell in together:
@@ -192,12 +192,12 @@ def runs(records: Iterable[Record]) -> dict[Run, list[Record]]:
     return dict(found)
 
 
-def meeting(found: Iterable[Run]) -> dict[Cell, set[Row]]:
-    """The rows by dataset and test environments."""
-    cells: dict[Cell, set[Row]] = defaultdict(set)
+def meeting(found: Iterable[Run]) -> dict[Cell, list[Row]]:
+    """The rows by dataset and test environments, each once, in order of appearance."""
+    cells: dict[Cell, dict[Row, None]] = defaultdict(dict)
     for run in found:
-        cells[run.cell].add(run.row)
-    return dict(cells)
+        cells[run.cell][run.row] = None
+    return {cell: list(rows) for cell, rows in cells.items()}
 
 
 def replicates(found: Iterable[Run]) -> dict[Run, int]:

@@ -180,3 +180,9 @@ def test_algorithms_come_in_the_order_of_their_appearance():
     args = {"dataset": "Debug28", "test_envs": [0], "trial_seed": 0, "hparams_seed": 0, "seed": 0}
     records = [{"step": 0, "hparams": {}, "args": args | {"algorithm": name}} for name in names]
     assert list(for_domainbed(records)[1]) == names
+
+
+def test_rows_that_meet_keep_the_order_of_their_runs():
+    algorithms = [f"Unheard{i}" for i in (5, 3, 9, 1, 7, 2, 8, 0, 6, 4)]
+    met = rows.meeting(Run.of(args(algorithm=name)) for name in algorithms)
+    assert list(row_names(met.values()).values()) == algorithms
