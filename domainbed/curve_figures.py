@@ -70,13 +70,8 @@ def _course(run: Sequence[Record], splits: Sequence[Place]) -> Course:
         if pooled is None:
             continue
         found["AA"][record["step"]], found["WGA"][record["step"]] = 100 * pooled.aa, 100 * pooled.wga
-        correct: dict[int, list[tuple[float, int]]] = defaultdict(list)
-        for metrics in (keys.group_metrics(record, *place) for place in splits):
-            for g, n in metrics.n.items():
-                correct[g].append((n * metrics.acc[g], n))
-        for g, parts in correct.items():
-            share = sum(right for right, _ in parts) / sum(n for _, n in parts)
-            found[group_name(record["args"], g)][record["step"]] = 100 * share
+        for g, acc in keys.pooled_groups(record, splits).acc.items():
+            found[group_name(record["args"], g)][record["step"]] = 100 * acc
     return dict(found)
 
 

@@ -123,11 +123,6 @@ def cost(checkpoints: Iterable[Record]) -> Cost:
     return Cost.of(Timing.of([record["step"] for record in found], *columns))
 
 
-def seconds_per_epoch(checkpoints: Iterable[Record]) -> float | None:
-    """Of a run whose records are all there; None where they don't tell."""
-    return cost(checkpoints).epoch_s
-
-
 def _rows(
     cell: Cell,
     names: Mapping[Row, str],

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from domainbed import records as keys
 from domainbed import table_formats
@@ -20,7 +20,7 @@ from domainbed.group_tables import (
     trials_of,
 )
 from domainbed.model_selection import Choice, choose
-from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
+from domainbed.rows import Cell, Row, meeting, row_names, runs
 from domainbed.table_formats import MISSING, Table
 
 Record = Mapping[str, Any]
@@ -28,13 +28,6 @@ Record = Mapping[str, Any]
 CRITERION = "aa_wga"
 IMAGES = "Test images"
 IMAGES_NOTE = f"{IMAGES}: of each group, in the test environments' in-splits; a range where trials split differently."
-
-
-class Group(NamedTuple):
-    """One group of a run's test images."""
-
-    acc: float
-    n: int
 
 
 def per_group_tables(records: Iterable[Record]) -> list[Table]:
@@ -58,23 +51,11 @@ def per_group_tables(records: Iterable[Record]) -> list[Table]:
     return tables
 
 
-def tested_groups(choice: Choice) -> dict[int, Group]:
-    """The groups of the run's test environments, pooled by counts; empty where the record does not have them."""
-    correct: dict[int, float] = defaultdict(float)
-    counts: dict[int, int] = defaultdict(int)
-    for env in choice.run.test_envs:
-        metrics = keys.group_metrics(choice.record, env, "in")
-        for g, n in metrics.n.items():
-            correct[g] += n * metrics.acc[g]
-            counts[g] += n
-    return {g: Group(correct[g] / n, n) for g, n in sorted(counts.items())}
-
-
 def _table(
     title: str, cell: Cell, chosen: Sequence[Choice], names: Mapping[Row, str], protocol: Sequence[str]
 ) -> Table | None:
-    groups: dict[Run, dict[int, Group]] = {choice.run: tested_groups(choice) for choice in chosen}
-    shown = sorted({g for found in groups.values() for g in found})
+    groups = {c.run: keys.pooled_groups(c.record, [(env, "in") for env in c.run.test_envs]) for c in chosen}
+    shown = sorted({g for found in groups.values() for g in found.n})
     if not shown:
         return None
     trials = trials_of(chosen, names)
@@ -82,10 +63,10 @@ def _table(
     rows: list[list[table_formats.Cell | str]] = []
     for line in lines_of(names):
         some = trials.get((line, cell), [])
-        of_group = [[groups[c.run][g].acc for c in some if g in groups[c.run]] for g in shown]
+        of_group = [[groups[c.run].acc[g] for c in some if g in groups[c.run].acc] for g in shown]
         worst = mean_cell([choice.test.wga for choice in some], most)
         rows.append([*line_cells(line), *(mean_cell(accs, most) for accs in of_group), worst])
-    images = [_images([found[g].n for found in groups.values() if g in found]) for g in shown]
+    images = [_images([found.n[g] for found in groups.values() if g in found.n]) for g in shown]
     rows.append([IMAGES, "", *images, MISSING])
     args = chosen[0].record["args"]
     header = [*LINE_HEADER, *(group_name(args, g) for g in shown), "WGA"]

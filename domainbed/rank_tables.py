@@ -10,7 +10,7 @@ from domainbed import records as keys
 from domainbed.group_tables import cell_titles, protocol_notes, selected_by
 from domainbed.model_selection import choose
 from domainbed.ranks import LEVEL, Ranks, average_ranks
-from domainbed.rows import Cell, Row, Run, meeting, row_names, runs
+from domainbed.rows import Cell, Run, meeting, row_names, runs
 from domainbed.table_formats import Cell as TableCell
 from domainbed.table_formats import Table
 from domainbed.tables import line_names
@@ -31,14 +31,12 @@ def ranked(records: Iterable[Record]) -> tuple[list[str], Ranks]:
 
     Both are of nothing where fewer than two rows share a dataset.
     """
-    names, scores, _ = _scores(runs(record for record in records if keys.has_groups(record)))
+    names, scores = _scores(runs(record for record in records if keys.has_groups(record)))
     return names, average_ranks([list(row.values()) for row in scores.values()])
 
 
-def _scores(
-    by_run: Mapping[Run, list[Record]],
-) -> tuple[list[str], dict[Cell, dict[str, float]], dict[Row, str]]:
-    """Names in order; the mean WGA of each name in each dataset where no row lacks it; the name of each row."""
+def _scores(by_run: Mapping[Run, list[Record]]) -> tuple[list[str], dict[Cell, dict[str, float]]]:
+    """Names in order; the mean WGA of each name in each dataset where no row lacks it."""
     met = meeting(by_run)
     names = row_names(met.values())
     found: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cell_titles(met)}
@@ -51,13 +49,13 @@ def _scores(
         if values.keys() >= set(order)
     }
     complete = {cell: scores for cell, scores in means.items() if not any(map(math.isnan, scores.values()))}
-    return (order, complete, names) if complete and len(order) > 1 else ([], {}, names)
+    return (order, complete) if complete and len(order) > 1 else ([], {})
 
 
 def rank_tables(records: Iterable[Record]) -> list[Table]:
     """One table: a line for each row, the best mean rank first; none without two rows that share a dataset."""
     by_run = runs(record for record in records if keys.has_groups(record))
-    names, scores, _ = _scores(by_run)
+    names, scores = _scores(by_run)
     if not names:
         return []
     ranks = average_ranks([list(row.values()) for row in scores.values()])

@@ -176,6 +176,12 @@ def _pooled_groups(
     return correct, count
 
 
+def pooled_groups(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> GroupCounts:
+    """``group_metrics`` of all examples of the splits together; empty where a split's are not in the record."""
+    correct, count = _pooled_groups(record, splits) or ({}, {})
+    return GroupCounts({g: correct[g] / count[g] for g in sorted(count)}, {g: count[g] for g in sorted(count)})
+
+
 def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pooled | None:
     """AA and WGA of all examples of the splits ``(env, "in" or "out")`` together, weighted by the groups' counts.
 
