@@ -1,6 +1,8 @@
 """What every registered thing keeps to: algorithms on every partition, datasets, partitions, similarities."""
 
+import functools
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from domainbed import algorithms, datasets, hparams_registry, partitions, registry, similarities, snapshots, state_trees
+from domainbed import (
+    algorithms,
+    datasets,
+    hparams_registry,
+    networks,
+    partitions,
+    registry,
+    similarities,
+    snapshots,
+    state_trees,
+)
 from domainbed.algorithms.base import Task
 from domainbed.loaders import TrainingLoader
 from domainbed.splits import Split, split_environments, training_splits
@@ -17,82 +30,96 @@ from domainbed.splits import Split, split_environments, training_splits
 EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
 
 
-@pytest.fixture(scope="module")
-def splits() -> list[Split]:
+class StandIn(nn.Module):
+    """Small backbone for 224 px: (B, 3, 224, 224) -> (B, 8), maps of 14 x 14."""
+
+    n_outputs = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.map_layer = nn.Conv2d(3, 8, 16, stride=16), nn.ReLU()
+        self.activation: nn.Module = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.map_layer(self.patches(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_in() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.BACKBONES._entries, "stand_in", lambda *_: StandIn())
+        yield
+
+
+@functools.cache
+def splits_of(size: int) -> list[Split]:
     torch.manual_seed(0)
-    dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
+    dataset = datasets.get_dataset_class(f"Debug{size}")(None, [0], {})
     for environment in dataset:
-        environment.masks = np.arange(28) < np.full((len(environment), 28, 1), 14)  # for those that need masks
+        environment.masks = np.arange(size) < np.full((len(environment), size, 1), size // 2)  # for those that need any
     return training_splits(dataset, split_environments(dataset, [0], 0.2), [0])
 
 
-def hparams_of(name: str) -> dict[str, Any]:
-    hparams = hparams_registry.default_hparams(name, "Debug28") | {"batch_size": 8, "backbone": "small_cnn"}
+def hparams_of(name: str, size: int = 28) -> dict[str, Any]:
+    own = {"batch_size": 8, "backbone": "small_cnn"} if size == 28 else {"batch_size": 4, "backbone": "stand_in"}
+    hparams = hparams_registry.default_hparams(name, f"Debug{size}") | own
     return {key: 1 if "warmup" in key and value else value for key, value in hparams.items()}  # and what comes after
 
 
-def build(name: str, partition: str, splits: list[Split]) -> tuple[Any, TrainingLoader]:
-    hparams = hparams_of(name)
+def build(name: str, partition: str, size: int = 28) -> tuple[Any, TrainingLoader]:
+    hparams = hparams_of(name, size)
     with_masks = algorithms.get_algorithm_class(name).NEEDS_MASKS
-    loader = TrainingLoader(splits, partitions.REGISTRY[partition], hparams["batch_size"], 2, with_masks=with_masks)
-    task = Task((3, 28, 28), 2, len(loader.parts), 2, loader.group_counts(2))
+    loader = TrainingLoader(
+        splits_of(size), partitions.REGISTRY[partition], hparams["batch_size"], 2, with_masks=with_masks
+    )
+    task = Task((3, size, size), 2, len(loader.parts), 2, loader.group_counts(2))
     torch.manual_seed(0)
     np.random.seed(0)
     return algorithms.get_algorithm_class(name).from_task(task, hparams), loader
 
 
-def train(name: str, partition: str, splits: list[Split]) -> tuple[Any, list[dict[str, Any]]]:
+def train(name: str, partition: str, size: int) -> tuple[Any, list[dict[str, Any]]]:
     """The algorithm after three updates, and what they returned."""
-    algorithm, loader = build(name, partition, splits)
+    algorithm, loader = build(name, partition, size)
     return algorithm, [algorithm.update(minibatches, None) for minibatches in islice(loader, 3)]
 
 
+@pytest.mark.parametrize("size", [28, 224])
 @pytest.mark.parametrize("partition", list(partitions.REGISTRY))
 @pytest.mark.parametrize("name", algorithms.ALGORITHMS)
-def test_three_updates_on_every_partition_or_a_clear_error(name: str, partition: str, splits: list[Split]) -> None:
+def test_three_updates_or_a_clear_error(name: str, partition: str, size: int) -> None:
+    """Finite plain numbers, the same for equal seeds, and weights that load into a fresh instance."""
     if algorithms.get_algorithm_class(name).MIN_PARTS > 1 and partition == "random":
         with pytest.raises(ValueError, match=f"{name} compares at least 2 minibatches"):
-            build(name, partition, splits)
+            build(name, partition, size)
         return
-    algorithm, values = train(name, partition, splits)
-    json.dumps(values)  # plain numbers
+    (algorithm, values), (again, same_values) = (train(name, partition, size) for _ in range(2))
+    assert json.loads(json.dumps(values)) == values == same_values
     assert all(np.isfinite(list(step.values())).all() for step in values)
-    assert all(torch.isfinite(parameter).all() for parameter in algorithm.parameters())
-    x, _ = splits[0].environment[torch.arange(5)]
-    algorithm.eval()
+    state = algorithm.state_dict()
+    assert all(torch.equal(*pair) for pair in zip(state.values(), again.state_dict().values(), strict=True))
+    assert all(torch.isfinite(value).all() for value in state.values())
+    fresh, _ = build(name, partition, size)
+    fresh.load_state_dict(state)
+    x, _ = splits_of(size)[0].environment[torch.arange(5)]
+    algorithm.eval(), fresh.eval()
     logits = algorithm.predict(x)
     assert logits.shape == (5, 2)
     assert torch.isfinite(logits).all()
+    assert torch.equal(fresh.predict(x), logits)
 
 
 @pytest.mark.parametrize("name", algorithms.ALGORITHMS)
-def test_equal_seeds_give_equal_runs(name: str, splits: list[Split]) -> None:
-    (a, a_values), (b, b_values) = (train(name, "group", splits) for _ in range(2))
-    assert a_values == b_values
-    assert all(torch.equal(*pair) for pair in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
-def test_state_dicts_load_into_a_fresh_instance(name: str, splits: list[Split]) -> None:
-    trained, _ = train(name, "group", splits)
-    fresh, _ = build(name, "group", splits)
-    fresh.load_state_dict(trained.state_dict())
-    x, _ = splits[0].environment[torch.arange(5)]
-    trained.eval(), fresh.eval()
-    assert torch.equal(trained.predict(x), fresh.predict(x))
-
-
-@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
-def test_a_snapshot_goes_on_in_a_fresh_instance(name: str, splits: list[Split], tmp_path: Path) -> None:
+def test_a_snapshot_goes_on_in_a_fresh_instance(name: str, tmp_path: Path) -> None:
     """Two updates, a file, two more; the fresh instance comes with other weights and random numbers of its own."""
-    whole, loader = build(name, "group", splits)
+    whole, loader = build(name, "group")
     minibatches = list(islice(loader, 4))
     for step in minibatches[:2]:
         whole.update(step, None)
     torch.save([state_trees.capture(whole), snapshots.random_states()], tmp_path / "file")
     values = [whole.update(step, None) for step in minibatches[2:]]
 
-    fresh, _ = build(name, "group", splits)
+    fresh, _ = build(name, "group")
     tree, states = torch.load(tmp_path / "file", weights_only=True)
     fresh.update(minibatches[3], None)
     state_trees.restore(tree, fresh)
