@@ -15,6 +15,7 @@ OF_ERM = [  # that train on vectors; those that take images show it in tests of 
     and issubclass(getattr(algorithms, name), algorithms.ERM)
     and not issubclass(getattr(algorithms, name), ExplainedERM)
     and not getattr(algorithms, name).NEEDS_MASKS
+    and name != "URM"  # whose control keeps its activation
 ]
 
 
@@ -108,7 +109,8 @@ def test_a_control_is_erm_and_the_method_is_not(build, minibatches, name, optimi
     control = trained(build, alike, name, optimizer=optimizer, **CONTROLS[name])
     for a, b in zip(erm, control, strict=True):
         torch.testing.assert_close(a, b)
-    method = trained(build, alike, name, optimizer=optimizer)
+    anneal = [key for key in hparams_registry.default_hparams(name, "Debug28") if key.endswith("anneal_iters")]
+    method = trained(build, alike, name, optimizer=optimizer, **dict.fromkeys(anneal, 0))
     assert not all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(erm, method, strict=True))
 
 
