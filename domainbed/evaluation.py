@@ -46,8 +46,11 @@ class Accuracy:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context that computes in "fp32" (as is) or "bf16" (matrix products in bfloat16, weights in float32)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The context that computes in "fp32" (as is) or "bf16" (matrix products in bfloat16, weights in float32).
+
+    Autocast's cache is off: its bfloat16 copies of the weights would outlive an optimizer's step within one update.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def measure(correct: NDArray[np.bool_], groups: Integers | None) -> Accuracy:

@@ -119,6 +119,16 @@ def test_without_groups_nothing_is_adjusted() -> None:
     assert records.accuracies({(0, "in"): Accuracy(0.5, {}, {})}, 2, (3, 4)) == {"env0_in_acc": 0.5}
 
 
+def test_a_step_within_the_context_counts() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with autocast(CPU, "bf16"):
+        layer(x).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=1.0).step()
+        after = layer(x)
+    with autocast(CPU, "bf16"):
+        assert torch.equal(layer(x), after)
+
+
 def test_bf16_is_autocast() -> None:
     a = torch.ones(2, 2)
     with autocast(CPU, "bf16"):
