@@ -1,11 +1,12 @@
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from domainbed import algorithms, datasets, hparams_registry
+from domainbed import algorithms, datasets, hparams_registry, registry
 from domainbed.algorithms.erm import ERM
 from domainbed.hparams_registry import SHARED, DatasetTraits, check_given
 from domainbed.overrides import parse_ranges
@@ -96,6 +97,33 @@ def test_defaults_and_draws_are_domainbeds(algorithm, dataset, seed):
     assert drawn == {k: value for k, (_, value) in table.items()}
     assert {k: type(v) for k, v in drawn.items()} == {k: type(v) for k, (_, v) in table.items()}
     assert json.loads(json.dumps(drawn)) == drawn
+
+
+RECORDED = json.loads((Path(__file__).parent / "domainbed_output" / "hparams.json").read_text("utf-8"))
+
+
+def rows(algorithm, dataset):
+    """The defaults, and the draws of seeds 0 to 3."""
+    drawn = [hparams_registry.random_hparams(algorithm, dataset, seed) for seed in range(4)]
+    return [hparams_registry.default_hparams(algorithm, dataset), *drawn]
+
+
+def digest(hparams):
+    whole = [{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in row.items()} for row in hparams]
+    return hashlib.md5(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("algorithm", registry.order("algorithms")[:34])
+def test_all_pairs_are_as_domainbed_gives_them(algorithm):
+    """Recorded from facebookresearch/DomainBed; its 18 datasets, of which some have the same hparams."""
+    for dataset, recorded in RECORDED["values"][algorithm].items():
+        shared = RECORDED["values"]["ERM"][dataset]
+        assert rows(algorithm, dataset) == [one | other for one, other in zip(shared, recorded, strict=True)]
+    names = [name for names in RECORDED["digests"][algorithm].values() for name in names]
+    assert sorted(names) == sorted(registry.order("datasets")[:18])
+    for recorded, names in RECORDED["digests"][algorithm].items():
+        for dataset in names:
+            assert digest(rows(algorithm, dataset)) == recorded, dataset
 
 
 @pytest.mark.parametrize("name", ["RotatedMNIST", "ColoredMNIST", "Debug28"])
