@@ -8,7 +8,11 @@ The modules in the order in which data flows; each imports only from those above
                                       statistics; tables as data, and how they are written
     metadata, manifests               CSV files; those that list a dataset's images
     registry                          name -> class; class attributes read without importing
-    lib/                              helpers at the paths that DomainBed users import
+    lib/distributions,
+    lib/supervised_contrast,
+    lib/lars, lib/weight_average,
+    lib/misc, lib/                    quantiles of few values; a contrastive loss; an optimizer; the mean of weights;
+                                      these and other helpers at the paths that DomainBed users import
     images, augmentation,
     image_cache, input_pipelines   0  image files; how they are augmented, cached and opened
     downloading, unpacking, releases  archives from the network; into folders; what a dataset's files are

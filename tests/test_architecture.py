@@ -17,6 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["seeding", "console", "machine", "messages", "overrides", "paired", "intervals", "ranks", "table_formats"],
     ["metadata"], ["manifests"], ["registry"],
+    ["lib.distributions", "lib.supervised_contrast", "lib.lars", "lib.weight_average"],
     ["lib.misc", "lib.fast_data_loader", "lib.wide_resnet", "lib.query"],
     ["images"], ["augmentation"], ["image_cache"], ["input_pipelines"],
     ["downloading", "unpacking"], ["releases"],

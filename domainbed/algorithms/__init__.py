@@ -16,8 +16,12 @@ from torch import autograd
 from domainbed import messages, networks, registry
 from domainbed.algorithms.base import REGISTRY, Algorithm, register
 from domainbed.lib.misc import (
+    LARS,
+    ErmPlusPlusMovingAvg,
     MovingAverage,
+    Nonparametric,
     ParamDict,
+    SupConLossLambda,
     l2_between_dicts,
     proj,
     random_pairs_of_minibatches,

@@ -154,7 +154,8 @@ class CDANN(AbstractDANN):
     """Features from which, given the class, a discriminator can't tell the minibatches apart; see AbstractDANN.
 
     Source: Ya Li, Xinmei Tian, Mingming Gong, Yajing Liu, Tongliang Liu, Kun Zhang and Dacheng Tao, Deep Domain
-        Generalization via Conditional Invariant Adversarial Networks, ECCV 2018.
+        Generalization via Conditional Invariant Adversarial Networks, ECCV 2018,
+        https://openaccess.thecvf.com/content_ECCV_2018/html/Ya_Li_Deep_Domain_Generalization_ECCV_2018_paper.html.
     Differs: as DomainBed, one discriminator that also sees an embedding of the true label, its loss balanced over the
         classes, in place of the source's discriminator per class. This is not CDAN (Long et al. 2018), whose
         discriminator sees the product of features and predicted probabilities.

@@ -11,11 +11,6 @@ from domainbed.algorithms.erm import AnnealedERM
 from domainbed.algorithms.irm import IRM
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least float32: under autocast, bfloat16 would round the penalties."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 @register
 class IB_ERM(AnnealedERM):
     """Asks for features that vary little: ``mean_e risk_e + lambda * mean_e variance_e``.
@@ -61,9 +56,10 @@ class IB_ERM(AnnealedERM):
             )
         x, y = concatenate(minibatches)
         features = self.featurizer(x)
-        logits = list(_wide(self.classifier(features)).split(sizes))
+        logits = list(self.classifier(features).split(sizes))
         nll = torch.stack([F.cross_entropy(z, k) for z, k in zip(logits, y.split(sizes), strict=True)]).mean()
-        bottleneck = torch.stack([part.var(0).mean() for part in _wide(features).split(sizes)]).mean()
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))  # autocast's bfloat16 would round it
+        bottleneck = torch.stack([part.var(0).mean() for part in wide.split(sizes)]).mean()
         return nll, bottleneck, logits
 
 

@@ -52,6 +52,7 @@ class IRM(AnnealedERM):
     @staticmethod
     def _irm_penalty(logits: Tensor, y: Tensor) -> Tensor:
         """Scalar penalty of one minibatch, logits (B, K), y (B,)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's bfloat16 would round it
         # d/ds cross_entropy(s * z, y) at s = 1 is sum_k (p_k - [k = y]) z_k: no second pass of autograd is needed.
         error = logits.softmax(1) - F.one_hot(y, logits.shape[1])
         slope = (error * logits).sum(1)  # (B,)

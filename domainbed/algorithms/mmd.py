@@ -78,8 +78,9 @@ class MMD(AbstractMMD):
     """Features alike under a sum of Gaussian kernels: ``mean K(x, x) + mean K(y, y) - 2 mean K(x, y)`` per pair.
 
     Source: Haoliang Li, Sinno Jialin Pan, Shiqi Wang and Alex C. Kot, Domain Generalization with Adversarial Feature
-        Learning, CVPR 2018; the distance: Arthur Gretton et al., A Kernel Two-Sample Test, JMLR 2012,
-        https://jmlr.org/papers/v13/gretton12a.html.
+        Learning, CVPR 2018,
+        https://openaccess.thecvf.com/content_cvpr_2018/html/Li_Domain_Generalization_With_CVPR_2018_paper.html; the
+        distance: Arthur Gretton et al., A Kernel Two-Sample Test, JMLR 2012, https://jmlr.org/papers/v13/gretton12a.html.
     Differs: as DomainBed, only the first source's MMD, without its autoencoder and adversarial prior; the biased
         estimate, diagonals included; seven fixed widths.
 

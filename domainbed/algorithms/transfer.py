@@ -27,14 +27,13 @@ class Transfer(Algorithm):
         Generalization, NeurIPS 2021, https://arxiv.org/abs/2106.03632, Algorithm 1.
     Differs: as DomainBed, one step on the risk and one on the gap per update. With gda DomainBed's optimizer covers
         the adversary alone, so that featurizer and classifier never learn (in all its random draws); here it covers
-        the two, and reads weight_decay. The features that the adversary sees are computed once per update, not once
-        per step, which changes no weight but with dropout, and lets batch statistics follow fewer forward passes. With
-        t_lambda 0 there is no step on the gap at all (Adam would move on by its moments), thus ERM.
+        the two, and reads weight_decay. With t_lambda 0 there is no step on the gap at all (Adam would move on by its
+        moments), thus ERM.
 
     Hparams:
         t_lambda: weight of the gap.
         delta: the farthest that the adversary's weights may be from the classifier's, at least 0.
-        d_steps_per_g: steps of the adversary in an update, at least 1; their cost is small.
+        d_steps_per_g: steps of the adversary in an update, at least 1; each takes a forward pass of all images.
         gda: gradient descent and ascent: plain SGD trains featurizer and classifier too (needs a larger lr).
         lr_d: learning rate of the adversary, which is trained by plain SGD.
         weight_decay_d, beta1: not read, as in DomainBed.
@@ -83,9 +82,9 @@ class Transfer(Algorithm):
         labels = [y for _, y in minibatches]
         self._step(self.optimizer, self._gap([self.featurizer(x) for x, _ in minibatches], labels))
         self.adv_classifier.load_state_dict(self.classifier.state_dict())
-        with torch.no_grad():
-            features = [self.featurizer(x) for x, _ in minibatches]
         for _ in range(self.hparams["d_steps_per_g"]):
+            with torch.no_grad():  # anew in each step, since batch statistics follow and dropout draws
+                features = [self.featurizer(x) for x, _ in minibatches]
             gap = self._gap(features, labels)
             self._step(self.adv_opt, -gap)
             proj(self.hparams["delta"], self.adv_classifier, self.classifier)

@@ -30,8 +30,9 @@ class TRM(Algorithm):
     Source: Yilun Xu and Tommi Jaakkola, Learning Representations that Support Robust Transfer of Predictors, 2021,
         https://arxiv.org/abs/2110.09940.
     Differs: as DomainBed, ERM comes first, and the classifier is linear whatever nonlinear_classifier says. DomainBed
-        overwrites the series' terms while it adds them up, and so gets ``H^-1 g - H g`` in place of ``H^-1 g``. It
-        needs a GPU, and has one more head that is never used; train() and eval() take a mode here as everywhere.
+        overwrites the series' terms while it adds them up, and so gets ``H^-1 g - H g`` in place of ``H^-1 g``; and
+        its gradient takes alpha from after the update's change of it, here from before. It needs a GPU, and has one
+        more head that is never used; train() and eval() take a mode here as everywhere.
 
     Hparams:
         cos_lambda: weight of the inner product.

@@ -13,15 +13,39 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from domainbed.console import Tee, print_row, print_separator
+from domainbed.lib.distributions import (
+    Distribution1D,
+    GaussianKernel,
+    Kernel,
+    KernelDensityEstimator,
+    Nonparametric,
+    Normal,
+    continuous_bisect_fun_left,
+    estimate_bandwidth,
+)
+from domainbed.lib.lars import LARS
+from domainbed.lib.supervised_contrast import SupConLossLambda
+from domainbed.lib.weight_average import ErmPlusPlusMovingAvg
 from domainbed.seeding import seed_hash
 
 __all__ = [
+    "LARS",
+    "Distribution1D",
+    "ErmPlusPlusMovingAvg",
+    "GaussianKernel",
+    "Kernel",
+    "KernelDensityEstimator",
     "MovingAverage",
+    "Nonparametric",
+    "Normal",
     "ParamDict",
+    "SupConLossLambda",
     "Tee",
     "accuracy",
     "balanced_weights",
+    "continuous_bisect_fun_left",
     "distance",
+    "estimate_bandwidth",
     "known_array",
     "l2_between_dicts",
     "labels",

@@ -1,62 +1,26 @@
+import copy
 import math
 
 import pytest
 import torch
-from scipy.optimize import brentq
-from scipy.stats import gaussian_kde
 
 from domainbed import state_trees
 from domainbed.algorithms.base import REGISTRY, Task
-from domainbed.algorithms.eqrm import kernel_quantile
 
 SWITCH = {"eqrm_burnin_iters": 1.5, "eqrm_lr": 0.003, "eqrm_quantile": 0.8}  # the third update is the quantile's first
-
-
-def alpha(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def slow_quantile(values, q):
     """Bisection between the quantiles of the outer kernels, through which autograd goes step by step."""
     mean = sum(values) / len(values)
     width = 1.06 * (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 / len(values) ** 0.2
-    reach = width * math.sqrt(2) * torch.erfinv(alpha(2 * q - 1))
+    reach = width * math.sqrt(2) * torch.erfinv(torch.tensor(2 * q - 1, dtype=torch.float64))
     low, high = min(values) + reach, max(values) + reach
     for _ in range(60):
         middle = (low + high) / 2
         below = sum((1 + torch.erf((middle - v) / width / math.sqrt(2))) / 2 for v in values) / len(values)
         low, high = (low, middle) if below > q else (middle, high)
     return (low + high) / 2
-
-
-@pytest.mark.parametrize("q", [0.05, 0.5, 0.75, 0.99])
-@pytest.mark.parametrize("n", [2, 5])
-def test_quantile_is_that_of_scipys_density(q, n):
-    values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    density = gaussian_kde(values.numpy(), bw_method=1.06 * n**-0.2)
-    expected = brentq(lambda x: density.integrate_box_1d(-math.inf, x) - q, -20, 20, xtol=1e-12)
-    assert kernel_quantile(values, alpha(q)).item() == pytest.approx(expected, abs=1e-8)
-
-
-def test_quantile_rises_with_its_probability():
-    values = torch.tensor([0.2, 0.3, 1.0])
-    quantiles = [kernel_quantile(values, alpha(q)).item() for q in (0.01, 0.3, 0.6, 0.9, 0.999)]
-    assert quantiles == sorted(quantiles)
-    assert quantiles[0] < 0.2 < 1.0 < quantiles[-1]
-
-
-def test_quantile_beyond_the_floats():
-    """log(1 - probability) = -800: the probability is 1 to a float."""
-    width = 1.06 * math.sqrt(2) * 2**-0.2
-    assert kernel_quantile(torch.tensor([1.0, 3.0]), alpha(-800.0)).item() == pytest.approx(2 + 40 * width)
-
-
-def test_equal_risks_have_themselves_as_quantile():
-    values = torch.full((3,), 0.7, requires_grad=True)
-    quantile = kernel_quantile(values, alpha(0.75))
-    quantile.backward()
-    assert quantile.item() == pytest.approx(0.7)
-    assert values.grad.sum() == pytest.approx(1)
 
 
 def test_updates_equal_written_out_training(build, minibatches, slow_network):
@@ -115,6 +79,27 @@ def test_another_distribution(build, minibatches):
     with torch.no_grad():
         risks = [torch.nn.functional.cross_entropy(plain.predict(x), y).item() for x, y in minibatches]
     assert eqrm.update(minibatches)["loss"] == pytest.approx(max(risks))
+
+
+@pytest.mark.parametrize("dist", [None, Greatest()])
+def test_no_graph_outlives_its_update(build, minibatches, dist):
+    plain = build("EQRM", eqrm_burnin_iters=0)
+    eqrm = type(plain)((5,), 3, 3, plain.hparams, dist=dist).double()
+    eqrm.update(minibatches)
+    kept = [value for value in vars(eqrm.dist).values() if isinstance(value, torch.Tensor)]
+    assert kept
+    assert not any(value.requires_grad for value in kept)
+    assert copy.deepcopy(eqrm).update(minibatches) == eqrm.update(minibatches)
+
+
+def test_quantiles_go_on_in_a_fresh_instance(build, minibatches):
+    whole, fresh = build("EQRM", **SWITCH), build("EQRM", **SWITCH)
+    for _ in range(3):
+        whole.update(minibatches)
+    state_trees.restore(copy.deepcopy(state_trees.capture(whole)), fresh)
+    for _ in range(2):
+        assert fresh.update(minibatches) == whole.update(minibatches)
+    assert torch.equal(fresh.classifier.weight, whole.classifier.weight)
 
 
 def test_state_is_domainbeds(build):

@@ -20,6 +20,15 @@ def test_penalty_equals_finite_differences(cross_entropy):
     assert IRM._irm_penalty(logits, y).item() == pytest.approx(slopes[0] * slopes[1], rel=1e-7)
 
 
+def test_penalty_is_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    logits, y = 3 * torch.randn(9, 4).bfloat16(), torch.randint(0, 4, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = IRM._irm_penalty(logits, y)
+    assert penalty.dtype == torch.float32
+    assert penalty.item() == pytest.approx(IRM._irm_penalty(logits.double(), y).item(), rel=1e-5)
+
+
 def test_updates_anneal_and_restart_adam(build, minibatches, slow_network, cross_entropy):
     irm = build("IRM", irm_lambda=50.0, irm_penalty_anneal_iters=2)
     slow = slow_network(irm)

@@ -40,6 +40,18 @@ def fisher_yates(n, seed):
     return keys
 
 
+CONTRACT = """seed_hash split_dataset accuracy make_weights_for_balanced_classes random_pairs_of_minibatches pdb
+    split_meta_train_test print_row print_separator Tee MovingAverage ParamDict ErmPlusPlusMovingAvg l2_between_dicts
+    distance proj Kernel GaussianKernel estimate_bandwidth KernelDensityEstimator Distribution1D Normal Nonparametric
+    continuous_bisect_fun_left LARS SupConLossLambda"""
+
+
+def test_every_name_that_domainbeds_users_import_is_exported():
+    names: dict[str, object] = {}
+    exec("from domainbed.lib.misc import *", names)
+    assert set(CONTRACT.split()) <= names.keys()
+
+
 # Splits
 
 
