@@ -328,17 +328,24 @@ def _chosen_numbers(choice: model_selection.Checkpoint) -> dict[str, float | Non
     return found
 
 
-def load(run: Place, device: "str | torch.device | None" = None, class_names: Sequence[str] = ()) -> "Predictor":
+def load(
+    run: Place,
+    device: "str | torch.device | None" = None,
+    class_names: Sequence[str] = (),
+    trusted: bool = False,
+) -> "Predictor":
     """The model of a run: the best one if it was kept (``keep_best``), else the last; or a ``model*.pkl`` by its path.
 
     Args:
         run: its directory, or the file of a model, of DomainBed's too.
         device: default: a GPU if there is one.
         class_names: in place of the dataset's own.
+        trusted: load the file whatever it holds; that may run code, which tensors and plain values, all that is loaded
+            else, can't.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: there is no such model, or it can't be brought to life.
     """
     from domainbed import predictors
 
-    return predictors.load(run, device, class_names)
+    return predictors.load(run, device, class_names, trusted)

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from domainbed import figures, images, input_pipelines, registry, saved_models
-from domainbed.algorithms import get_algorithm_class
 from domainbed.evaluation import autocast
 from domainbed.explainers import Explainer
 from domainbed.images import Images
@@ -200,8 +199,7 @@ class Predictor:
     def __init__(self, file: Path, content: dict[str, Any], device: torch.device, class_names: Sequence[str] = ()):
         self.file, self.device, self.args = file, device, content["args"]
         self.step = saved_models.step_of(file, content)
-        algorithm_class = get_algorithm_class(self.args["algorithm"])
-        self.algorithm = saved_models.restore(content, algorithm_class, device).eval()
+        self.algorithm = saved_models.restore(content, device).eval()
         shape, dataset = tuple(content["model_input_shape"]), self.args["dataset"]
         told = "normalised" in content  # models of DomainBed and of older versions say nothing of the dataset
         self.input = Input(shape, content["normalised"]) if told else Input.of(dataset, shape)
@@ -298,20 +296,24 @@ class Predictor:
 
 
 def load(
-    path: str | os.PathLike[str], device: str | torch.device | None = None, class_names: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] = (),
+    trusted: bool = False,
 ) -> Predictor:
     """The model of a run's directory (the best one if it was kept, else the last), or the file that is named.
 
     Args:
         device: default: a GPU if there is one.
         class_names: in place of the dataset's own.
+        trusted: load the file whatever it holds; that may run code.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: there is no such model, or it can't be brought to life.
     """
     file = saved_models.find(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(file, saved_models.load(file, device), device, class_names)
+    return Predictor(file, saved_models.load(file, device, trusted), device, class_names)
 
 
 def find_files(given: Iterable[str | os.PathLike[str]]) -> list[Path]:

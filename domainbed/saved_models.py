@@ -1,15 +1,26 @@
-"""The models that runs left behind: where they lie, and how they come back to life."""
+"""The models that runs left behind, ours and DomainBed's: where they lie, and how they come back to life.
+
+A pickle may hold calls of any function, so only tensors and plain values are unpickled, unless the user says that a
+file is trusted.
+"""
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from domainbed import records
+from domainbed import hparams_registry, records
+from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task, build
+from domainbed.registry import PLUGINS_VARIABLE
 from domainbed.training import BEST_MODEL_FILE, MODEL_FILE
+
+_CHECKPOINT = re.compile(r"model_step(\d+)\.pkl")
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # as torch names what it does not load
 
 
 def find(path: str | os.PathLike[str]) -> Path:
@@ -34,41 +45,149 @@ def find(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def load(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
-    """What ``training.save_model`` wrote, its tensors on the device.
+class _Dtype:
+    """Stands for ``numpy.dtype`` in a pickle."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False):
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+    def scalar(self, data: bytes) -> Any:
+        if self.dtype.kind not in "biufU":
+            raise pickle.UnpicklingError(f"a numpy scalar of {self.dtype} is no number and no text")
+        return np.frombuffer(data, self.dtype)[0].item()
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    """Stands for what rebuilds a numpy scalar in a pickle, and gives Python's."""
+    return dtype.scalar(data)
+
+
+# DomainBed's random hparams are numpy scalars; the module that rebuilds them was renamed in numpy 2.
+_HARMLESS: list[Any] = [
+    (_Dtype, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def load(path: str | os.PathLike[str], device: torch.device, trusted: bool = False) -> dict[str, Any]:
+    """What ``training.save_model`` or DomainBed wrote, its tensors on the device, numpy scalars as Python's.
+
+    Args:
+        trusted: unpickle whatever the file holds; that may run code.
 
     Raises:
-        ValueError: the file is no such model.
+        ValueError: the file is no such model, or holds what only a trusted file may.
     """
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is no model of train, is damaged, or holds more than tensors and plain numbers (as DomainBed's of "
-            "random hparams), which is not loaded; name a model*.pkl"
-        ) from error
+    content = _trusted(path, device) if trusted else _harmless(path, device)
     if not isinstance(content, dict) or not {"args", "model_hparams", "model_dict"} <= content.keys():
         raise ValueError(f"{path} is no model of train; name a model*.pkl")
     return content
 
 
-def restore(content: dict[str, Any], algorithm_class: Any, device: torch.device) -> Any:
-    """The algorithm with its weights, on the device; also of a model that DomainBed wrote, which has no task."""
-    task = Task.from_dict(content["task"]) if "task" in content else _domainbeds(content)
-    algorithm = build(algorithm_class, task, content["model_hparams"]).to(device)
-    algorithm.load_state_dict(content["model_dict"])
-    return algorithm
+def _harmless(path: str | os.PathLike[str], device: torch.device) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # bytes that are no pickle bring about any
+            refused = _refused(path, str(error))
+            if not refused:
+                raise ValueError(f"{path} is no model of train, or is damaged; name a model*.pkl") from error
+            raise ValueError(
+                f"{path} holds {', '.join(refused)}, which may run code when it is loaded, so it is not; if you trust "
+                "whoever made the file, say so: --trusted, in Python trusted=True"
+            ) from error
 
 
-def _domainbeds(content: dict[str, Any]) -> Task:
+def _refused(path: str | os.PathLike[str], message: str) -> list[str]:
+    """The names of what a file holds besides tensors and plain values, as far as they can be told without loading."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # whatever is wrong with the file, the message is of its loading
+        return _REFUSED.findall(message)[:1]
+
+
+def _trusted(path: str | os.PathLike[str], device: torch.device) -> Any:
+    try:
+        return _plain(torch.load(path, map_location=device, weights_only=False))
+    except OSError:
+        raise
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f"{path} holds an object of a class that is not here ({error}); add it to the path") from error
+    except Exception as error:
+        raise ValueError(f"{path} is no model of train, or is damaged; name a model*.pkl") from error
+
+
+def _plain(value: Any) -> Any:
+    """The same with Python's scalars for numpy's in its dicts and lists."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if type(value) is list else value
+
+
+def restore(content: dict[str, Any], device: torch.device) -> Any:
+    """The algorithm with its weights, on the device; also of a model that DomainBed wrote, which has no task.
+
+    That may have been trained on fewer minibatches than the class here trains on.
+
+    No pretrained weights are looked for, since all are replaced.
+
+    Raises:
+        NotImplementedError: there is no such algorithm.
+        ValueError: the saved weights are not those of the class as it is now.
+    """
+    name = content["args"]["algorithm"]
+    saved = content["model_hparams"] if "task" in content else _domainbeds_hparams(content)
+    hparams = {key: value for key, value in saved.items() if key != "weights"} | {"pretrained": False}
+    try:
+        algorithm = _untrained(_algorithm_class(name), content, hparams)
+        algorithm.load_state_dict(content["model_dict"])
+    except (KeyError, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"the saved model does not fit {name} as it is now ({cause}); train it again") from error
+    hparams.pop("pretrained")
+    hparams.update(saved)
+    return algorithm.to(device)
+
+
+def _algorithm_class(name: str) -> Any:
+    try:
+        return get_algorithm_class(name)
+    except NotImplementedError as error:
+        advice = f"if it is a class of your own, name its file in ${PLUGINS_VARIABLE}"
+        raise NotImplementedError(f"{error}; {advice}") from error
+
+
+def _untrained(algorithm_class: Any, content: dict[str, Any], hparams: dict[str, Any]) -> Any:
+    if "task" in content:
+        return build(algorithm_class, Task.from_dict(content["task"]), hparams)
     shape, *numbers = (content[f"model_{name}"] for name in ("input_shape", "num_classes", "num_domains"))
-    return Task(tuple(shape), *numbers)
+    return algorithm_class(tuple(shape), *numbers, hparams)
+
+
+def _domainbeds_hparams(content: dict[str, Any]) -> dict[str, Any]:
+    """The hparams as we mean them: a file of an older version lacks some, and AugMix's ResNet-50 won over ResNet-18."""
+    args, saved = content["args"], content["model_hparams"]
+    hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"]) | saved
+    if saved.get("resnet50_augmix", False):
+        hparams["resnet18"] = False
+    return hparams
 
 
 def step_of(path: str | os.PathLike[str], content: dict[str, Any]) -> int:
     """The step after which the model was written; -1 where neither it nor the records beside it say so."""
     if "step" in content:
         return int(content["step"])
+    if named := _CHECKPOINT.fullmatch(Path(path).name):
+        return int(named[1])
     results = Path(path).parent / records.RESULTS_FILE
     written = records.read(results)[0] if Path(path).name == MODEL_FILE and results.exists() else []
     return int(written[-1]["step"]) if written else -1

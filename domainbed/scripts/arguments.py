@@ -56,3 +56,10 @@ def seconds(text: str) -> float:
     if not (value := float(text)) >= 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0, or no number")
     return value
+
+
+def add_trusted(parser: argparse.ArgumentParser) -> None:
+    """The flag of scripts that load models."""
+    parser.add_argument(
+        "--trusted", action="store_true", help="load a model's file whatever it holds, which may run code"
+    )

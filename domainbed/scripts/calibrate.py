@@ -121,7 +121,7 @@ def calibrate(question: Mapping[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Answers the question on stdin."""
     logging.getLogger().setLevel(logging.WARNING)  # what a dataset tells of itself it would tell of every kind
-    return torch_process.answer(calibrate)
+    return torch_process.answer(calibrate, argv, __doc__)
 
 
 if __name__ == "__main__":

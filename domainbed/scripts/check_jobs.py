@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from domainbed import backbones, datasets, messages
+from domainbed.algorithms import get_algorithm_class
 from domainbed.scripts import run_cli, torch_process
 from domainbed.scripts.train_arguments import completed, resolve
 from domainbed.training import EarlyStopping
@@ -27,7 +28,10 @@ def _check_options(args: dict[str, Any]) -> None:
     if args["confounders"] is not None and "confounders" not in options:
         raise ValueError(f"{args['dataset']} leaves no choice of --confounders; leave it out")
     if args["task"] == "domain_adaptation" and not args["uda_holdout_fraction"]:
-        raise ValueError("--task domain_adaptation needs train's --uda_holdout_fraction, which no sweep gives")
+        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
+    least = getattr(get_algorithm_class(args["algorithm"]), "MIN_PARTS", 1)
+    if args["partition"] == "random" and least > 1:
+        raise ValueError(f"{args['algorithm']} compares at least {least} minibatches, partition random makes one")
 
 
 def _check_hparams(hparams: dict[str, Any]) -> None:
@@ -54,9 +58,13 @@ class _Once(logging.Filter):
 
 def main(argv: Sequence[str]) -> int:
     """Reads a list of arguments from stdin; writes a list of problems, null where there is none."""
+    return torch_process.answer(_problems, argv, __doc__)
+
+
+def _problems(several: Sequence[dict[str, Any]]) -> list[str | None]:
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Once())
-    return torch_process.answer(lambda several: [problem(args) for args in several])
+    return [problem(args) for args in several]
 
 
 if __name__ == "__main__":

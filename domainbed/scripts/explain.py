@@ -17,7 +17,7 @@ from domainbed.explainers import Explainer
 from domainbed.explanation_tables import run_table
 from domainbed.loaders import EVALUATION_BATCH
 from domainbed.scripts import bad_input, run_cli
-from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.arguments import DomainBedParser, add_trusted
 from domainbed.scripts.figure_gradcam import Sketch, View, describe, picture, sketch
 from domainbed.scripts.subjects import Subject, check_same_images, open_subject, wanted
 from domainbed.scripts.train import device
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data_dir", help="default: the run's")
     add("--mask_dir", help="default: the run's")
     add("--batch_size", type=int, default=EVALUATION_BATCH, help=f"images at a time, at most {EVALUATION_BATCH}")
+    add_trusted(p)
     return p
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         _check(args)
         files = [saved_models.find(path) for path in args.model]
         if args.picture:
-            check_same_images(files)
+            check_same_images(files, args.trusted)
     rows: list[dict[str, Any]] = []
     sketches: list[Sketch] = []
     for file in files:
@@ -98,7 +99,7 @@ def _opened(file: Path, args: argparse.Namespace) -> tuple[Subject, list[Split]]
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: the model, its data or its explanation can't be had.
     """
-    subject = open_subject(file, {"data_dir": args.data_dir, "mask_dir": args.mask_dir})
+    subject = open_subject(file, {"data_dir": args.data_dir, "mask_dir": args.mask_dir}, args.trusted)
     Explainer(subject.algorithm, args.method).check(subject.dataset.input_shape)
     return subject, wanted(subject.splits, args.envs or subject.test_envs, args.splits)
 

@@ -88,7 +88,7 @@ def draw(args: argparse.Namespace) -> None:
         if not args.no_umap:
             features.require_umap()
         files = subjects.chosen_files(args)
-        subjects.check_same_images(list(files.values()))
+        subjects.check_same_images(list(files.values()), args.trusted)
         shown = [show(name, file, args) for name, file in files.items()]
         method = "PCA" if args.no_umap else "UMAP"
         figure = picture(shown, method, args.seed)
@@ -105,7 +105,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def show(name: str, file: Path, args: argparse.Namespace) -> Shown:
     """A run's features, their embedding and the scores of both; prints which model they are of."""
-    subject = subjects.open_subject(file, {"data_dir": args.data_dir})
+    subject = subjects.open_subject(file, {"data_dir": args.data_dir}, args.trusted)
     dataset, test_envs, splits = subject.dataset, subject.test_envs, subject.splits
     print(f"{name}: {subject.where}")
     tested = subjects.wanted(splits, test_envs, ["in"])

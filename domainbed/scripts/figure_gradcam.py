@@ -75,7 +75,7 @@ def draw(args: argparse.Namespace) -> None:
     with bad_input():
         out = subjects.output_file(args)
         files = subjects.chosen_files(args)
-        subjects.check_same_images(list(files.values()))
+        subjects.check_same_images(list(files.values()), args.trusted)
         sketches = [_sketched(name, file, args) for name, file in files.items()]
         figure = picture(sketches, across=False)
         figures.save(figure, out, f"Where the networks look ({args.method})", describe(sketches))
@@ -83,7 +83,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def _sketched(name: str, file: Path, args: argparse.Namespace) -> Sketch:
-    subject = subjects.open_subject(file, {"data_dir": args.data_dir, "mask_dir": args.mask_dir})
+    subject = subjects.open_subject(file, {"data_dir": args.data_dir, "mask_dir": args.mask_dir}, args.trusted)
     env = subject.test_envs[0] if args.env is None else args.env
     (split,) = subjects.wanted(subject.splits, [env], ["in"])
     print(f"{name}: {subject.where}")

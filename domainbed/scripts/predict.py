@@ -25,7 +25,7 @@ from domainbed import attribution, figures, predictors
 from domainbed.explainers import Explainer
 from domainbed.predictors import Predictions, Predictor
 from domainbed.scripts import bad_input, run_cli
-from domainbed.scripts.arguments import DomainBedParser
+from domainbed.scripts.arguments import DomainBedParser, add_trusted
 
 EXIT_SKIPPED = 1  # some images could not be read
 SIDE = 256  # px that the shorter side of a picture has at least, so that something is seen
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--explain", metavar="DIR", help="also write where the model looks, a PNG file for each image")
     add("--method", choices=[*attribution.METHODS, *attribution.EVALUATION_METHODS], default="grad_cam")
     add("--batch_size", type=int, default=predictors.BATCH, help="images at a time")
+    add_trusted(p)
     return p
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     with bad_input():
         _check(args)
-        predictor = predictors.load(args.model)
+        predictor = predictors.load(args.model, trusted=args.trusted)
         files = predictors.find_files(args.images)
         explainer = predictor.explainer(args.method) if args.explain else None
         # names of files that are not UTF-8 are written as the bytes that they are

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from domainbed import figures, model_selection, records, saved_models
-from domainbed.algorithms import get_algorithm_class
 from domainbed.group_tables import SAMPLING, ordered
 from domainbed.rows import Row, Run, meeting, row_names
+from domainbed.scripts.arguments import add_trusted
 from domainbed.scripts.train import build_data, device
 from domainbed.scripts.train_arguments import completed
 from domainbed.splits import Split
@@ -51,24 +51,21 @@ class Subject:
         return f"{self.file.parent.name}/{self.file.name}, step {self.step if self.step >= 0 else 'unknown'}"
 
 
-def open_subject(file: Path, own: Mapping[str, Any] | None = None) -> Subject:
+def open_subject(file: Path, own: Mapping[str, Any] | None = None, trusted: bool = False) -> Subject:
     """The model, with its run's dataset and splits as the run had them.
 
     Args:
         own: arguments that stand in place of the run's, as data_dir and mask_dir; None among them is the run's.
+        trusted: see ``saved_models.load``.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: the model or its data can't be had.
     """
-    content = saved_models.load(file, device())
+    content = saved_models.load(file, device(), trusted)
     given = {key: value for key, value in (own or {}).items() if value is not None}
     args = completed(content["args"]) | given
     dataset, splits = build_data(args, content["model_hparams"])
-    try:
-        algorithm = saved_models.restore(content, get_algorithm_class(args["algorithm"]), device())
-    except (KeyError, RuntimeError) as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{file} does not fit {args['algorithm']} as it is now ({cause}); train it again") from error
+    algorithm = saved_models.restore(content, device())
     return Subject(file, content["args"], saved_models.step_of(file, content), algorithm, dataset, splits)
 
 
@@ -86,9 +83,9 @@ def wanted(splits: Sequence[Split], envs: Sequence[int], kinds: Sequence[str]) -
     return found
 
 
-def check_same_images(files: Sequence[Path]) -> None:
+def check_same_images(files: Sequence[Path], trusted: bool = False) -> None:
     """Raises ValueError if the runs have not been tested on the same images."""
-    first, *others = [completed(saved_models.load(file, torch.device("cpu"))["args"]) for file in files]
+    first, *others = [completed(_args(file, trusted)) for file in files]
     for file, other in zip(files[1:], others, strict=True):
         differing = [f"{key}: {first[key]!r} and {other[key]!r}" for key in SAME_IMAGES if first[key] != other[key]]
         if differing:
@@ -96,6 +93,12 @@ def check_same_images(files: Sequence[Path]) -> None:
                 f"a picture compares models on the same images, but {files[0]} and {file} differ in "
                 f"{'; '.join(differing)}; draw them one by one"
             )
+
+
+def _args(file: Path, trusted: bool) -> dict[str, Any]:
+    """The arguments of the run that saved the model."""
+    found: dict[str, Any] = saved_models.load(file, torch.device("cpu"), trusted)["args"]
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test_envs", type=int, nargs="+", help="with --input_dir: of which test environments, if it has several")
     add("--data_dir", help="default: the runs'")
     add("--out", metavar="FILE", help="PNG, PDF or SVG; default with --input_dir: SWEEP/figures/KIND.png")
+    add_trusted(parser)
 
 
 def output_file(args: argparse.Namespace) -> Path:
@@ -138,7 +142,7 @@ def chosen_files(args: argparse.Namespace) -> dict[str, Path]:
         raise ValueError(f"--{unused[0]} is for --input_dir; with --runs, name the runs that you want")
     files = [saved_models.find(path) for path in args.runs]
     _check_once("--runs", args.runs, [file.resolve() for file in files])
-    rows = [Row.of(saved_models.load(file, torch.device("cpu"))["args"]) for file in files]
+    rows = [Row.of(_args(file, args.trusted)) for file in files]
     names = row_names([set(rows)])
     count = Counter(names[row] for row in rows)
     short = [f"{file.parent.name}/{file.name}" for file in files]

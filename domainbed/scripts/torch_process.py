@@ -1,10 +1,11 @@
 """Questions from scripts that do without torch to a process that has it: JSON there, JSON back."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -36,8 +37,14 @@ def ask(module: str, question: Any, environment: Mapping[str, str] | None = None
     return json.loads(run.stdout)
 
 
-def answer(function: Callable[[Any], Any]) -> int:
-    """The other side: answers the question on stdin; whatever else is printed goes to stderr."""
+def answer(function: Callable[[Any], Any], argv: Sequence[str] = (), description: str | None = None) -> int:
+    """The other side: answers the question on stdin; whatever else is printed goes to stderr.
+
+    Args:
+        argv: the script's, which takes no argument but ``--help``.
+        description: of the script, for ``--help``.
+    """
+    argparse.ArgumentParser(description=description).parse_args(argv)
     out = sys.stdout
     with redirect_stdout(sys.stderr):
         found = function(json.load(sys.stdin))

@@ -211,5 +211,7 @@ def test_a_model_of_an_older_class_is_no_crash(sweep: Path, tmp_path: Path) -> N
     content = torch.load(file, weights_only=True)
     content["model_dict"].popitem()
     torch.save(content, file)
-    with pytest.raises(BadInput, match=r"does not fit ERM as it is now \(RuntimeError: .*\); train it again"):
+    with pytest.raises(
+        BadInput, match=r"the saved model does not fit ERM as it is now \(RuntimeError: .*\); train it again"
+    ):
         figure.main(["gradcam", "--runs", str(tmp_path / "old"), "--out", str(tmp_path / "a.png")])

@@ -137,3 +137,14 @@ def test_bad_input_is_explained_before_anything_is_written(
     with pytest.raises(BadInput, match=message):
         predict.main([*argv, *flags])
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_file_that_may_run_code_is_loaded_by_name_only(model: Path, folder: Path, tmp_path: Path) -> None:
+    content = torch.load(model, weights_only=True)
+    torch.save(content | {"more": Path("anywhere")}, tmp_path / "model.pkl")
+    argv = ["--model", str(tmp_path), "--images", str(folder), "--out", str(tmp_path / "out.csv")]
+    (tmp_path / "results.jsonl").touch()
+    with pytest.raises(BadInput, match=r"model.pkl holds pathlib.*Path, which may run code.*say so: --trusted"):
+        predict.main(argv)
+    assert predict.main([*argv, "--trusted"]) == 0
+    assert len(lines(tmp_path / "out.csv")) == 5
