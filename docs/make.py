@@ -81,6 +81,7 @@ def main() -> None:
         path = ROOT / page
         text = filled(path.read_text("utf-8"), lambda sweep, file: (sweeps[sweep] / file).read_text("utf-8"))
         path.write_text(text, "utf-8")
+    subprocess.run([sys.executable, str(ROOT / "docs" / "registry_tables.py")], check=True)
 
 
 if __name__ == "__main__":

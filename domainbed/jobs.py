@@ -27,7 +27,7 @@ _ERROR = re.compile(r"(error|[A-Za-z_.]*(Error|BadInput)): ")  # as scripts and 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
-    "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir",
+    "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir", "uda_holdout_fraction",
 )  # fmt: skip
 _SHOWN = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
 _DELETING = 16  # at a time: to be sure that another machine's process is dead takes half a minute
@@ -55,7 +55,7 @@ def dataset_test_envs(
     """The test environments of a dataset's jobs, one list a job.
 
     ``test_envs_list`` wins; else a dataset that DomainBed lacks takes its own ``TEST_ENVS``, and so does every other
-    that has some if ``official_test_envs`` are asked for; else they are enumerated.
+    that has some if ``official_test_envs`` are asked for; else they are enumerated, of two environments without pairs.
 
     Raises:
         NotImplementedError: no such dataset.
@@ -69,19 +69,20 @@ def dataset_test_envs(
         combinations = [list(envs) for envs in test_envs_list]
     elif official and (official_test_envs or dataset not in registry.order("datasets")):  # keeps DomainBed's sweeps
         combinations = [list(official)]
-    elif single_test_envs:
+    elif single_test_envs or n < 3:
         combinations = [[i] for i in range(n)]
+        if not single_test_envs:
+            logger.warning("%s: pairs of test environments would leave none to train on; single ones only", dataset)
     else:
-        try:
-            combinations = all_test_env_combinations(n)
-        except ValueError as error:
-            raise ValueError(f"{dataset}: {error}") from error
+        combinations = all_test_env_combinations(n)
     for envs in combinations:
         _check_test_envs(dataset, envs, n)
     return combinations
 
 
 def _check_test_envs(dataset: str, envs: Sequence[int], n: int) -> None:
+    if n == 1:
+        raise ValueError(f"{dataset} has one environment, so that none is left to train on; give it a second one")
     if len(set(envs) & set(range(n))) != len(envs) or not 0 < len(envs) < n:
         raise ValueError(
             f"{dataset}: test environments {envs} are not possible; name some, not all, of 0 to {n - 1}, each once"

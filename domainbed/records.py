@@ -74,7 +74,7 @@ def full_data_acc_key(env: int) -> str:
 
 def is_group_key(key: str) -> bool:
     """Whether a key speaks of a single group, or is the mean over the groups; consoles leave these out."""
-    return re.fullmatch(r"train_g\d+_n|env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn]|group_mean_acc)", key) is not None
+    return re.fullmatch(r"train_g\d+_n|(fd_)?env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn]|group_mean_acc)", key) is not None
 
 
 class GroupCounts(NamedTuple):

@@ -65,7 +65,8 @@ class Registry(Generic[T]):
         return iter(self.names)
 
     def items(self) -> Iterator[tuple[str, T]]:
-        return ((name, self._entries[name]) for name in self.names)
+        """What is registered; DomainBed's users also append names of their own to the list."""
+        return ((name, self._entries[name]) for name in self.names if name in self._entries)
 
 
 def load_plugins(package: str) -> None:

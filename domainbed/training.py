@@ -5,7 +5,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,6 +50,10 @@ class Plan:
     precision: str = "fp32"
     num_workers: int = 0
     training_counts: tuple[int, ...] = ()
+
+    def is_recorded(self, step: int) -> bool:
+        """Whether a record follows the update of that step."""
+        return step % self.checkpoint_freq == 0 or step == self.steps - 1
 
     def unmeasured(self, measured: Container[tuple[int, str]]) -> Iterator[list[Split]]:
         """The splits of each environment that is not measured yet."""
@@ -153,6 +157,7 @@ def train(
     plan: Plan,
     device: torch.device,
     progress: Progress | None = None,
+    pace: Callable[[], Mapping[str, float] | None] | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Trains the algorithm and yields one record per checkpoint, while the next steps wait.
 
@@ -165,15 +170,23 @@ def train(
     Args:
         minibatches, unlabeled: begin with those of step ``progress.updates``.
         progress: where to go on; it is kept up to date. Default: the first step.
+        pace: called once at each checkpoint, before anything is measured, to set the algorithm's learning rate, say;
+            what it returns joins the record, and None ends the training without one.
     """
     progress = Progress() if progress is None else progress
     while progress.step < plan.steps:
         if not progress.updated:
             progress.add(_update(algorithm, minibatches, unlabeled, plan, device))
+            if pace is not None and plan.is_recorded(progress.step):
+                paced = pace()
+                if paced is None:
+                    progress.stopped = True
+                    return
+                progress.add(paced)
             progress.updated = True
             yield None
         record = None
-        if progress.step % plan.checkpoint_freq == 0 or progress.step == plan.steps - 1:
+        if plan.is_recorded(progress.step):
             for splits in plan.unmeasured(progress.measured):
                 progress.measured |= measure(algorithm, splits, plan, device)
                 yield None

@@ -61,6 +61,7 @@ def declared(monkeypatch):
         "datasets": {
             "Debug28": {"ENVIRONMENTS": ("0", "1", "2"), "CONFOUNDERS": ("even", "odd")},
             "Four": {"ENVIRONMENTS": ["a", "b", "c", "d"], "NEEDS_DATA_DIR": True},
+            "One": {"ENVIRONMENTS": ("a",), "NEEDS_DATA_DIR": True},
             "Two": {"ENVIRONMENTS": ("a", "b"), "NEEDS_DATA_DIR": True},
             "Old": {"ENVIRONMENTS": ("a", "b", "c"), "TEST_ENVS": (0,), "NEEDS_DATA_DIR": True},
             "Masked": {"ENVIRONMENTS": ("a", "b", "c"), "HAS_MASKS": True},
@@ -128,10 +129,25 @@ def test_pairs_of_test_environments():
     assert len(args_list) == 4 + 6  # every environment alone, and every pair
 
 
-def test_two_environments_need_the_flag():
-    with pytest.raises(ValueError, match=r"Two: .*at least 3 environments, got 2; pass --single_test_envs"):
-        grid(["Two"], data_dir="d", single=False)
+def test_two_environments_have_no_pairs(caplog):
+    with pytest.raises(ValueError, match=r"at least 3 environments, got 2; pass --single_test_envs"):
+        jobs.all_test_env_combinations(2)
     assert [args["test_envs"] for args in grid(["Two"], data_dir="d")] == [[0], [1]]
+    assert not caplog.messages
+    assert grid(["Two"], data_dir="d", single=False) == grid(["Two"], data_dir="d")
+    assert caplog.messages == ["Two: pairs of test environments would leave none to train on; single ones only"]
+
+
+def test_one_environment_is_too_few():
+    with pytest.raises(ValueError, match="One has one environment, so that none is left to train on"):
+        grid(["One"], data_dir="d")
+
+
+def test_the_unlabelled_share_is_an_argument_only_where_it_is_given():
+    [args] = grid(test_envs_list=[[0]])
+    assert "uda_holdout_fraction" not in args
+    [given] = grid(test_envs_list=[[0]], uda_holdout_fraction=0.5)
+    assert given == args | {"uda_holdout_fraction": 0.5}
 
 
 def test_official_test_environments_only_where_domainbed_lacks_the_dataset():

@@ -21,6 +21,14 @@ def test_the_list_of_names_is_live() -> None:
     assert names == ["A"]
 
 
+def test_a_name_that_a_user_appended_is_no_entry() -> None:
+    """DomainBed's users do, where they set a class on the module."""
+    known: Registry = Registry("thing")
+    entry = known.register(type("A", (), {}))
+    known.names.append("Mine")
+    assert list(known.items()) == [("A", entry)]
+
+
 def test_a_name_is_registered_once() -> None:
     known: Registry = Registry("thing")
     known.register(type("A", (), {}))

@@ -65,6 +65,8 @@ class MultipleDomainDataset:
             is split further.
         CONFOUNDERS: names of the values that the environments' ``c`` arrays count; empty: no confounder is known.
         CLASSES: names of the labels, for tables of groups.
+        NUM_CLASSES: how many labels there are, where ``CLASSES`` does not name them.
+        INPUT_SHAPE: (C, H, W) of an image; None: 3 x 224 x 224, or what the hparam ``image_size`` says.
         PUBLISHED_COUNTS: what the release is known to hold: by environment (or another part that the class's
             docstring names) the number of images, or of each group g = y * V + c.
         OPTIONS: names of flags of train that the constructor takes as further keyword arguments.
@@ -91,6 +93,7 @@ class MultipleDomainDataset:
     HPARAMS: ClassVar[Mapping[str, Any]] = {}
     NEEDS_DATA_DIR: ClassVar[bool] = False
     CLASSES: Sequence[str] = ()
+    NUM_CLASSES: ClassVar[int | None] = None
     PUBLISHED_COUNTS: Mapping[str, Any] = {}
     OPTIONS: ClassVar[Sequence[str]] = ()
     HAS_MASKS: ClassVar[bool] = False

@@ -15,6 +15,7 @@ class Debug(MultipleDomainDataset):
     """
 
     ENVIRONMENTS = ("0", "1", "2")
+    NUM_CLASSES = 2
     CONFOUNDERS = ("even", "odd")
     INPUT_SHAPE: ClassVar[tuple[int, ...]]
 

@@ -114,6 +114,7 @@ class ColoredDigits(Digits):
     """
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
+    INPUT_SHAPE = (2, 28, 28)
     TEST_ENVS = (2,)
     CLASSES = ("mostly 5 to 9", "mostly 0 to 4")  # a quarter of the labels is flipped
     CONFOUNDERS = ("channel 0", "channel 1")
@@ -173,6 +174,7 @@ class SpawriousDigits(DigitsOnPhotographs):
     """
 
     ENVIRONMENTS = ("Test", "SC_group_1", "SC_group_2")
+    INPUT_SHAPE = (3, 36, 36)
     TEST_ENVS = (0,)
     CLASSES = ("0", "1", "4", "6")
     CONFOUNDERS = ("brick", "grass", "gravel", "city")
@@ -241,6 +243,7 @@ class DigitsSubpop(DigitsOnPhotographs):
     """
 
     ENVIRONMENTS = ("train, 85% brick", "train, 63% brick", "validation", "test")
+    INPUT_SHAPE = (3, 36, 36)
     VALIDATION_ENVS = (2,)
     TEST_ENVS = (3,)
     CLASSES = ("3", "8")

@@ -207,6 +207,7 @@ class OfficeHome(NamedImageFolder):
     """
 
     ENVIRONMENTS = ("A", "C", "P", "R")
+    NUM_CLASSES = 65
     FOLDERS = ("Art", "Clipart", "Product", "Real World")
     DIRECTORY = "office_home"
     PUBLISHED_COUNTS = {"A": 2427, "C": 4365, "P": 4439, "R": 4357}
@@ -246,6 +247,7 @@ class DomainNet(NamedImageFolder):
     """
 
     ENVIRONMENTS = ("clip", "info", "paint", "quick", "real", "sketch")
+    NUM_CLASSES = 345
     FOLDERS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
     DIRECTORY = "domain_net"
     CHECKPOINT_FREQ = 1000
@@ -264,6 +266,7 @@ class SVIRO(NamedImageFolder):
     """
 
     ENVIRONMENTS = FOLDERS = ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe")
+    NUM_CLASSES = 7
     DIRECTORY = "sviro"
 
 

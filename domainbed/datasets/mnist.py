@@ -92,6 +92,7 @@ class ColoredMNIST(MultipleEnvironmentMNIST):
     """
 
     ENVIRONMENTS = ("+90%", "+80%", "-90%")
+    INPUT_SHAPE = (2, 28, 28)
     CLASSES = ("mostly 5 to 9", "mostly 0 to 4")  # a quarter of the labels is flipped
     CONFOUNDERS = ("channel 0", "channel 1")
     HPARAMS_SIZE = "small"
@@ -170,6 +171,7 @@ class ColoredMNIST224(ColoredMNIST):
     """
 
     HPARAMS_SIZE = "large"
+    INPUT_SHAPE = (3, 224, 224)
     TEST_ENVS = (2,)
     N_WORKERS = 0
 
@@ -194,6 +196,8 @@ class RotatedMNIST(MultipleEnvironmentMNIST):
     """
 
     ENVIRONMENTS = ("0", "15", "30", "45", "60", "75")
+    NUM_CLASSES = 10
+    INPUT_SHAPE = (1, 28, 28)
     HPARAMS_SIZE = "small"
     CONFOUNDERS = ("0 degrees", "15 degrees", "30 degrees", "45 degrees", "60 degrees", "75 degrees")
     PUBLISHED_COUNTS = {"0": 11667, "15": 11667, "30": 11667, "45": 11667, "60": 11666, "75": 11666}

@@ -321,6 +321,7 @@ class WILDSFMoW(WILDSDataset):
     """
 
     ENVIRONMENTS = ("region_0", "region_1", "region_2", "region_3", "region_4", "region_5")
+    NUM_CLASSES = 62
     NEEDS_DATA_DIR = True
 
     def __init__(self, root: str | None, test_envs: Sequence[int], hparams: dict[str, Any]):

@@ -92,6 +92,14 @@ def merge_records(records: Iterable[Mapping[str, Any]]) -> Q:
     return Q(merged.values())
 
 
+def with_full_data(record: Record) -> dict[str, Any] | None:
+    """A merged record whose test environments' in-splits are as the second stage measured them; None without one."""
+    starts = tuple(f"env{env}_in_" for env in record["args"]["test_envs"])
+    second = {key.removeprefix("fd_"): value for key, value in record.items() if key.startswith("fd_")}
+    second = {key: value for key, value in second.items() if key.startswith(starts)}
+    return {k: v for k, v in record.items() if not k.startswith(starts)} | second if second else None
+
+
 @dataclass(frozen=True)
 class Merged:
     """As ``run_index.Collected`` of a sweep of ``train_autolr``, whose two stages are merged: every record."""
@@ -100,11 +108,14 @@ class Merged:
     explanations: Sequence[Record]
 
     @property
-    def grouped(self) -> Q:
+    def several(self) -> Q:
         """All records, too."""
         return self.records
 
-    several = grouped
+    @property
+    def grouped(self) -> Q:
+        """Those that have both stages, as one record in which the test environments' numbers are the second's."""
+        return Q(found for found in map(with_full_data, self.records) if found is not None)
 
     @property
     def total(self) -> int:

@@ -96,6 +96,9 @@ def make_parser() -> DomainBedParser:
     add("--steps", type=_at_least(0), help="default: the dataset's")
     add("--hparams", metavar="JSON", help="overrides for all jobs, a JSON object")
     add("--holdout_fraction", type=float, default=0.2, help="share of each environment that is held out")
+    add(
+        "--uda_holdout_fraction", type=float, help="share of the test environments that --task domain_adaptation learns"
+    )
     add("--single_test_envs", action="store_true", help="leave out single environments, no pairs")
     add("--selection_method", choices=SELECTION_METHODS, help=f"only the jobs it needs: pairs for {PAIRS} alone")
     add("--skip_confirmation", action="store_true", help="do not ask before launching or deleting")

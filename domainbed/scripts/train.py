@@ -10,11 +10,11 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BAD_INPUT_STATUS, BadInput, bad_input, run_cli
 from domainbed.scripts.train_arguments import defaults, parser, resolve
 from domainbed.scripts.train_execution import Execution, Run
+from domainbed.seeding import seed_hash
 from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
 from domainbed.state_trees import NotResumable
 
@@ -50,16 +51,32 @@ logger = logging.getLogger(__name__)
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 
 
+class Trainable(Protocol):
+    """What the script makes of its arguments, be it one ``Execution`` or several."""
+
+    def logged(self) -> loggers.LoggedRun: ...
+
+    def finish(self, trackers: loggers.Logging) -> None: ...
+
+
+# arguments, hparams, a snapshot if there is one, the claim, seconds between two snapshots
+Begin: TypeAlias = Callable[[dict[str, Any], dict[str, Any], dict[str, Any] | None, claims.Claim, float], Trainable]
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs one training, or goes on with it; returns the exit status."""
-    args = vars(parser().parse_args(argv))
+    return run(vars(parser().parse_args(argv)), begin)
+
+
+def run(args: dict[str, Any], begin: Begin) -> int:
+    """Runs what ``begin`` makes of the parsed arguments, in a directory of its own; returns the exit status."""
     directory, overwrite, save_every_s = args["output_dir"], args.pop("overwrite"), args.pop("save_every_s")
     log_to = args.pop("log_to")
     with bad_input():
         run_directory.prepare(directory)
     try:
         with interruption.listen(), claims.claim(directory, on_stop=_ask_to_end, on_lost=_end_at_once) as claim:
-            return _run(args, overwrite, save_every_s, log_to, claim)
+            return _run(args, overwrite, save_every_s, log_to, claim, begin)
     except claims.RunLocked as error:
         print(f"error: {error}; wait for it, or name another --output_dir", file=sys.stderr)
         return claims.EXIT_LOCKED
@@ -81,7 +98,14 @@ def _end_at_once() -> None:
     os._exit(claims.EXIT_LOCKED)
 
 
-def _run(args: dict[str, Any], overwrite: bool, save_every_s: float, log_to: Sequence[str], claim: claims.Claim) -> int:
+def _run(
+    args: dict[str, Any],
+    overwrite: bool,
+    save_every_s: float,
+    log_to: Sequence[str],
+    claim: claims.Claim,
+    begin: Begin,
+) -> int:
     directory = Path(args["output_dir"])
     try:
         with bad_input():
@@ -122,16 +146,30 @@ def begin(
     Raises:
         ValueError, FileNotFoundError: see ``build``.
     """
+    return begin_or_resume(
+        lambda content: Execution(build(args, hparams), claim, save_every_s), snapshot, args["output_dir"]
+    )
+
+
+E = TypeVar("E", bound=Execution)
+
+
+def begin_or_resume(make: Callable[[dict[str, Any] | None], E], snapshot: dict[str, Any] | None, output_dir: str) -> E:
+    """The execution that is made for a snapshot, as it was then; if there is none or it doesn't fit, one made afresh.
+
+    Args:
+        make: builds the execution that a snapshot is of, or that comes first.
+    """
     if snapshot is not None:
-        execution = Execution(build(args, hparams), claim, save_every_s)
+        execution = make(snapshot)
         try:
             execution.resume(snapshot)
             return execution
         except NotResumable as error:
             logger.warning("the run starts over: %s", error)
-    execution = Execution(build(args, hparams), claim, save_every_s)
-    run_directory.clear(args["output_dir"])
-    loggers.clear(args["output_dir"])
+    execution = make(None)
+    run_directory.clear(output_dir)
+    loggers.clear(output_dir)
     return execution
 
 
@@ -186,8 +224,11 @@ def _print_header(args: dict[str, Any], hparams: dict[str, Any]) -> None:
             print(f"\t{name}: {value}")
 
 
-def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
+def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLoader] = TrainingLoader) -> Run:
     """Builds dataset, splits, loaders and algorithm, in the order in which DomainBed's random numbers are drawn.
+
+    Args:
+        loader: how minibatches are drawn.
 
     Raises:
         ValueError, FileNotFoundError: what was asked for doesn't fit together, or files are missing.
@@ -204,16 +245,12 @@ def build(args: dict[str, Any], hparams: dict[str, Any]) -> Run:
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
     known = annotated(dataset, trained, args)
     minibatches = build_loader(
-        known, args["partition"], dataset, args, hparams, len(trained), needs_masks(dataset, args)
+        known, args["partition"], dataset, args, hparams, len(trained), needs_masks(dataset, args), loader
     )
     if sum(len(part.positions) for part in minibatches.parts) < sum(map(len, trained)):
         notices.report_not_annotated(dataset, trained, known)
-    unlabeled = None
-    if args["task"] == "domain_adaptation":
-        uda = [split for split in splits if split.kind == "uda"]
-        if not uda:
-            raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
-        unlabeled = build_loader(uda, "environment", dataset, args, hparams, len(uda))
+    adapts = args["task"] == "domain_adaptation"
+    unlabeled = build_unlabeled(splits, dataset, args, hparams, loader) if adapts else None
     counts = minibatches.group_counts(dataset.num_classes)
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
     smallest = min(len(split) for split in splits if split.kind == "in")
@@ -361,8 +398,9 @@ def build_loader(
     hparams: dict[str, Any],
     num_environments: int,
     with_masks: bool = False,
+    loader: type[TrainingLoader] = TrainingLoader,
 ) -> TrainingLoader:
-    return TrainingLoader(
+    return loader(
         splits,
         partitions.REGISTRY[partition],
         hparams["batch_size"],
@@ -374,6 +412,26 @@ def build_loader(
         num_environments,
         with_masks,
     )
+
+
+def build_unlabeled(
+    splits: Sequence[Split],
+    dataset: Any,
+    args: dict[str, Any],
+    hparams: dict[str, Any],
+    loader: type[TrainingLoader] = TrainingLoader,
+) -> TrainingLoader:
+    """The loader of the test environments' uda-splits; their classes, which nobody knows, are never balanced.
+
+    Raises:
+        ValueError: there are no such splits.
+    """
+    uda = [split for split in splits if split.kind == "uda"]
+    if not uda:
+        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
+    own = {"seed": seed_hash("unlabeled", args["seed"])}  # draws that are not those of the training images
+    unbalanced = hparams | {"class_balanced": False}
+    return build_loader(uda, "environment", dataset, args | own, unbalanced, len(uda), loader=loader)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 """The train script's flags, what they may be, and the hparams that they ask for."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from domainbed import datasets, hparams_registry, input_pipelines, overrides, partitions, snapshots
@@ -16,9 +17,15 @@ DOMAINBED_FLAGS = (
 TASKS = ("domain_generalization", "domain_adaptation")
 
 
-def parser() -> argparse.ArgumentParser:
-    """DomainBed's flags, then ours, which are off by default."""
-    p = DomainBedParser(DOMAINBED_FLAGS, description="Trains one algorithm on one dataset.")
+def parser(
+    description: str = "Trains one algorithm on one dataset.", more_flags: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """DomainBed's flags, then ours, which are off by default.
+
+    Args:
+        more_flags: of DomainBed's, which the caller adds.
+    """
+    p = DomainBedParser((*DOMAINBED_FLAGS, *more_flags), description=description)
     p.add_argument("--data_dir", help="directory of the datasets; the embedded ones need none")
     p.add_argument("--dataset", default="RotatedMNIST")
     p.add_argument("--algorithm", default="ERM")

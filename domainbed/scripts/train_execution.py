@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,21 @@ class Execution:
         run: freshly built.
         claim: on the run's directory.
         save_every_s: seconds between two snapshots (``snapshots.Schedule``).
+
+    Attributes:
+        state: what a snapshot keeps beside the algorithm.
+        pace: see ``training.train``.
+        earlier, later: updates of other executions of the same run.
     """
+
+    pace: Callable[[], Mapping[str, float] | None] | None = None
+    earlier: int = 0
+    later: int = 0
 
     def __init__(self, run: Run, claim: Claim, save_every_s: float):
         self.run, self.claim = run, claim
         self.progress = training.Progress()
+        self.state: list[Any] = [self.progress, run.stopping]
         self.schedule = snapshots.Schedule(save_every_s)
         self.resumable = True
         self.columns: list[str] = []
@@ -76,18 +86,30 @@ class Execution:
         """
         if content["task"] != self.run.task.to_dict():
             raise NotResumable(f"the data were those of {content['task']} and are of {self.run.task.to_dict()}")
-        snapshots.restore(self.run.directory, content, self.run.algorithm, [self.progress, self.run.stopping])
+        snapshots.restore(self.run.directory, content, self.run.algorithm, self.state)
         for pattern in (explanation_records.EXPLANATIONS_FILE, "*.partial"):
             for path in self.run.directory.glob(pattern):
                 path.unlink()
-        print(f"resumed after {self.progress.updates} of {self.run.plan.steps} updates")
+        print("resumed after {} of {} updates".format(*self.amount()))
 
     def logged(self) -> LoggedRun:
         """What trackers are told of the run."""
-        return LoggedRun(self.run.directory, self.run.args, self.run.hparams, self.progress.step)
+        return LoggedRun(self.run.directory, self.run.args, self.run.hparams, self.earlier + self.progress.step)
 
-    def finish(self, trackers: Logging) -> None:
-        """Trains to the end and writes the models.
+    def amount(self) -> tuple[int, int]:
+        """Updates done, and updates in all."""
+        return self.earlier + self.progress.updates, self.earlier + self.run.plan.steps + self.later
+
+    def identity(self) -> dict[str, Any]:
+        """What tells a snapshot of this run from one of another."""
+        return {"args": self.run.args, "hparams": self.run.hparams, "task": self.run.task.to_dict()}
+
+    def named(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record of the loop under the keys by which it is written."""
+        return record
+
+    def train(self, trackers: Logging) -> None:
+        """Trains to the end.
 
         Args:
             trackers: get each record once it is written.
@@ -104,6 +126,10 @@ class Execution:
             if not self.save():
                 raise interruption.Unsaved(str(request)) from request
             raise
+
+    def finish(self, trackers: Logging) -> None:
+        """Trains to the end and writes the models; see ``train``."""
+        self.train(trackers)
         if not self.run.args["skip_model_save"]:
             self._save_model(training.MODEL_FILE, step=self.progress.step - 1)
         if self.run.args["explain"]:
@@ -120,17 +146,19 @@ class Execution:
         if progress.stopped:
             return
         minibatches = run.minibatches.start_at(progress.updates)
-        for record in training.train(run.algorithm, minibatches, unlabeled, run.plan, run.device, progress):
-            if record is not None:
+        steps = training.train(run.algorithm, minibatches, unlabeled, run.plan, run.device, progress, self.pace)
+        for found in steps:
+            if found is not None:
+                record = self.named(found)
                 self._keep(record)
-                trackers.log(record)
+                trackers.log(record | {"step": self.earlier + record["step"]})
                 if progress.stopped:
                     return
             self._pause()
 
     def _pause(self) -> None:
         """Between two steps, all is in order."""
-        self.claim.report(self.progress.updates, self.run.plan.steps)
+        self.claim.report(*self.amount())
         interruption.check()
         if self.schedule.is_due():
             self.save()
@@ -165,8 +193,7 @@ class Execution:
         started, written, run = time.monotonic(), False, self.run
         self.claim.check()
         try:
-            identity = {"args": run.args, "hparams": run.hparams, "task": run.task.to_dict()}
-            content = snapshots.take(run.directory, run.algorithm, [self.progress, run.stopping], identity)
+            content = snapshots.take(run.directory, run.algorithm, self.state, self.identity())
             snapshots.write(run.directory, content)
             written = True
         except NotResumable as error:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed import networks
+from domainbed import hparams_registry, networks
+from domainbed.algorithms import ERM
 from domainbed.attribution import capture, grad_cam, target_logit
 
 
@@ -80,3 +81,14 @@ def test_local_file(hub, tmp_path):
     assert torch.equal(loaded.network.cls_token, saved.cls_token)
     with pytest.raises(ValueError, match="'V2'; DINOv2 has no weights of that name"):
         networks.Featurizer((3, 28, 28), {"backbone": "dinov2", "weights": "V2"})
+
+
+def test_one_step_of_erm(hub):
+    torch.manual_seed(0)
+    hparams = hparams_registry.default_hparams("ERM", "PACS") | {"backbone": "dinov2", "pretrained": False}
+    algorithm = ERM((3, 28, 28), 3, 2, hparams)
+    before = algorithm.featurizer.network.patch_embed.weight.clone()
+    loss = algorithm.update([(torch.randn(2, 3, 28, 28), torch.tensor([0, 2])) for _ in range(2)])["loss"]
+    assert loss > 0
+    assert not torch.equal(algorithm.featurizer.network.patch_embed.weight, before)
+    assert torch.isfinite(algorithm.eval().predict(torch.randn(2, 3, 28, 28))).all()

@@ -137,9 +137,9 @@ def test_a_misspelt_hparam_of_the_new_algorithm_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("flag", ["--workers", "--threads"])
 def test_failed_jobs_are_reported_with_their_reason(tmp_path: Path, flag: str) -> None:
     command = [sys.executable, "-m", "domainbed.scripts.sweep", "launch", *QUICK, "--output_dir", str(tmp_path)]
-    command += ["--algorithms", "DANN:random", flag, "1"]
+    command += ["--algorithms", "GroupDRO:group", "--hparams", '{"batch_size": 1}', flag, "1"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1
-    assert "DANN compares at least 2 minibatches" in process.stdout
+    assert "batch_size 1 x 2 environments is too small for 4 parts" in process.stdout
     assert "0 done, 1 failed." in process.stdout
     assert not list(tmp_path.glob("*/done"))

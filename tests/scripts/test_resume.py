@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from domainbed import algorithms, claims, evaluation, records, snapshots, states, training
+from domainbed import algorithms, claims, evaluation, predictors, records, snapshots, states, training
 from domainbed.algorithms.erm import ERM
 from domainbed.datasets.base import MultipleDomainDataset
 from domainbed.scripts import train
@@ -313,6 +313,27 @@ def test_domain_adaptation_goes_on_with_the_next_unlabelled_images(
     monkeypatch.setattr(group_dro, "update", seen)
     flags = ("--task", "domain_adaptation", "--uda_holdout_fraction", "0.5")
     assert_equal_runs(*run_cut_and_run_again(tmp_path, monkeypatch, in_update(4), *flags))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(training, "save_model", 0), (training, "save_model", 3), (records, "append", 1), (evaluation, "measure", 4)],
+)
+def test_the_models_of_checkpoints_are_those_of_an_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int
+) -> None:
+    def arrange(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(owner, name, at_call(count, signal_us, getattr(owner, name)))
+
+    whole, cut = run_cut_and_run_again(tmp_path, monkeypatch, arrange, "--save_model_every_checkpoint")
+    assert_equal_runs(whole, cut)
+    files = {path.name: path for path in cut.glob("model_step*.pkl")}
+    assert set(files) == {f"model_step{step}.pkl" for step in (0, 3, 6, 7)}  # DomainBed's names
+    last, same = (
+        torch.load(path, weights_only=True)["model_dict"] for path in (cut / "model.pkl", files["model_step7.pkl"])
+    )
+    assert all(torch.equal(last[key], same[key]) for key in last)
+    assert [predictors.load(path, "cpu").step for _, path in sorted(files.items())] == [0, 3, 6, 7]
 
 
 SOON_OVER = '{"backbone": "small_cnn", "batch_size": 4, "patience": 2, "min_delta": 1.0}'

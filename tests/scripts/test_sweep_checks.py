@@ -51,14 +51,20 @@ def test_one_question_with_one_job_of_a_kind(asked):
         ({"hparams": '{"backbone": "resnet5"}'}, "backbone not found: resnet5; did you mean resnet50"),
         ({"hparams": '{"backbone": "tim:x"}'}, "backbone not found: tim:x"),
         ({"confounders": ["a"]}, "Debug28 leaves no choice of --confounders"),
-        ({"task": "domain_adaptation"}, "no sweep gives"),
+        ({"task": "domain_adaptation"}, "needs unlabelled images; give --uda_holdout_fraction 0.5"),
+        ({"task": "domain_adaptation", "uda_holdout_fraction": 1.0}, "are fractions below 1"),
+        ({"algorithm": "DANN", "partition": "random"}, "DANN compares at least 2 minibatches, partition random makes"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
     ],
 )
 def test_what_no_job_can_run_with(asked, more, message):
-    with pytest.raises(BadInput, match=r"nothing was launched, for some jobs can't run:\n  ERM") as error:
+    with pytest.raises(BadInput, match=r"nothing was launched, for some jobs can't run:\n  (ERM|DANN:random)") as error:
         sweep_checks.check([job(**more)])
     assert message in str(error.value)
+
+
+def test_adaptation_may_run(asked):
+    sweep_checks.check([job(task="domain_adaptation", uda_holdout_fraction=0.5)])
 
 
 @pytest.mark.parametrize("hparams", ['{"backbone": "timm:x"}', '{"patience": 1, "lr": 1}', None])
