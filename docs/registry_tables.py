@@ -56,8 +56,7 @@ def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str
 def paper(cls: type) -> str:
     """Link to the first paper that the class names with an address, or else to that of a base: "[Li et al. 2018](...)".
 
-    Raises:
-        ValueError: no class of them names one.
+    Without any it is what the class says of its source.
     """
     for source in sections(cls, "Source"):
         if (other := re.match(r"(?:as )?(\w+)[,;]", source)) and other[1] in ALGORITHMS:
@@ -66,10 +65,7 @@ def paper(cls: type) -> str:
             url, year = _URL.search(clause), re.search(r"\b(19|20)\d\d\b", _URL.sub("", clause))
             if url and year:
                 return f"[{authors(clause)} {year[0]}]({url[0].rstrip('.')})"
-    raise ValueError(
-        f"{cls.__name__}: no address and year of a paper under Source: in its docstring; write them as "
-        "'First Author and Second Author, Title, 2021, https://...'"
-    )
+    return sections(cls, "Source")[0]
 
 
 def authors(clause: str) -> str:

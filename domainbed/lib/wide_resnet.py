@@ -6,21 +6,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+def _conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     """A 3 x 3 convolution with bias that keeps the size, or divides it by the stride."""
     return nn.Conv2d(in_planes, out_planes, 3, stride, padding=1)
 
 
-class wide_basic(nn.Module):
+class _WideBlock(nn.Module):
     """Two convolutions, each after BatchNorm and ReLU, added to the input; the second one strides."""
 
     def __init__(self, in_planes: int, planes: int, dropout_rate: float, stride: int = 1):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = conv3x3(in_planes, planes)
+        self.conv1 = _conv3x3(in_planes, planes)
         self.dropout = nn.Dropout(dropout_rate)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, stride)
+        self.conv2 = _conv3x3(planes, planes, stride)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
             self.shortcut.append(nn.Conv2d(in_planes, planes, 1, stride))
@@ -58,7 +58,7 @@ class Wide_ResNet(nn.Module):
         if remainder or blocks < 1:
             raise ValueError(f"depth is {depth}; a wide ResNet has 6 n + 4 layers: 10, 16, 22, 28, ...")
         widths = [16, *(width * widen_factor for width in (16, 32, 64))]
-        self.conv1 = conv3x3(input_shape[0], widths[0])
+        self.conv1 = _conv3x3(input_shape[0], widths[0])
         self.layer1 = _stage(widths[0], widths[1], blocks, dropout_rate, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, dropout_rate, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, dropout_rate, stride=2)
@@ -79,5 +79,5 @@ class Wide_ResNet(nn.Module):
 
 def _stage(in_planes: int, planes: int, blocks: int, dropout_rate: float, stride: int) -> nn.Sequential:
     """Blocks in a row; the first one widens and strides."""
-    first = wide_basic(in_planes, planes, dropout_rate, stride)
-    return nn.Sequential(first, *(wide_basic(planes, planes, dropout_rate) for _ in range(blocks - 1)))
+    first = _WideBlock(in_planes, planes, dropout_rate, stride)
+    return nn.Sequential(first, *(_WideBlock(planes, planes, dropout_rate) for _ in range(blocks - 1)))
