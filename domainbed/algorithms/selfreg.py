@@ -28,7 +28,8 @@ class SelfReg(ERM):
         Regularization for Domain Generalization, ICCV 2021, https://arxiv.org/abs/2104.09841.
     Differs: as DomainBed, without the source's stochastic weight averaging, gradient stabilisation and curriculum of
         domains. From DomainBed: the projection ``cdpl`` is trained, as in the source; there the optimizer does not
-        know it. Classes are those that occur, whatever their numbers.
+        know it. Classes are those that occur, whatever their numbers. Equal labels keep their order; there it depends
+        on the machine's sort.
     """
 
     HPARAMS = {}
