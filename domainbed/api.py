@@ -341,10 +341,14 @@ def load(
         device: default: a GPU if there is one.
         class_names: in place of the dataset's own.
         trusted: load the file whatever it holds; that may run code, which tensors and plain values, all that is loaded
-            else, can't.
+            else, can't. It also lets a backbone fetch its code from the network, as DINOv2 does.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: there is no such model, or it can't be brought to life.
+        FileNotFoundError: there is no such run or model.
+        NotImplementedError: its algorithm is not known here.
+        OSError: the file can't be read, or code can't be fetched.
+        ValueError: the device can't be used here; or the file is no model, holds what only a trusted one may, or does
+            not fit the class as it is now.
     """
     from domainbed import predictors
 

@@ -29,7 +29,8 @@ class Method(Protocol):
 
     ``heatmap_ip = ReLU(sum_k weight_ikp maps_ikp)``, the weights being the method's function of the maps and of
     ``gradient_ikp = d score_i / d maps_ikp``. All images share one backward pass, from the sum of the scores; that is
-    exact as long as nothing after the layer mixes images (batch norm before it may).
+    exact as long as nothing after the layer mixes images (batch norm before it may). With the policy "none" it is exact
+    in any case: an image's weights follow from its own score, whatever its maps do to the others' (``own_gradient``).
 
     Args:
         maps: (B, C, h, w), output of the layer, still in the graph that leads to ``score``.
@@ -103,12 +104,28 @@ def _check(maps: Tensor, score: Tensor, policy: str, gradient: Tensor | None) ->
 
 
 def _gradient(maps: Tensor, score: Tensor, policy: str) -> Tensor:
-    (gradient,) = torch.autograd.grad(
-        score.sum(), maps, retain_graph=True, create_graph=policy == "full", allow_unused=True
-    )
-    if gradient is None:
+    if policy == "none":
+        return own_gradient(maps, score)
+    return _slope(maps, score.sum(), policy == "full")
+
+
+def own_gradient(maps: Tensor, score: Tensor) -> Tensor:
+    """``d score_i / d maps_ikp`` (B, C, h, w), also where an image's score depends on the other images' maps.
+
+    It costs two backward passes, one of every other image; if it turns out that they reach the maps of the images in
+    between, one for each image.
+    """
+    even, odd = (_slope(maps, score[first::2].sum()) for first in (0, 1))
+    if not even[1::2].any() and not odd[0::2].any():
+        return even + odd
+    return torch.stack([_slope(maps, own)[i] for i, own in enumerate(score)])
+
+
+def _slope(maps: Tensor, total: Tensor, create_graph: bool = False) -> Tensor:
+    (slope,) = torch.autograd.grad(total, maps, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    if slope is None:
         raise ValueError("score does not depend on maps; pass both from the same forward pass, maps first")
-    return gradient
+    return slope
 
 
 def _combine(weights: Tensor, maps: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def split_explanations(
 
     Raises:
         NotImplementedError: no such attribution method.
-        ValueError: the algorithm can't be explained (``explainers.map_layer``); a plan that means nothing.
+        ValueError: the algorithm can't be explained (``explainers.Explainer``); a plan that means nothing.
     """
     explainer, environment = Explainer(algorithm, plan.method), split.environment
     subset = subsets.choose(split, plan.images, plan.seed, num_confounders)

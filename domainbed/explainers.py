@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,24 +12,27 @@ from domainbed import attribution
 from domainbed.feature_maps import capture, evaluating
 from domainbed.messages import not_found
 
+FEATURIZER = "featurizer"  # the attribute by which an algorithm says which network predicts
+
 
 class Explainer:
     """Explains what an algorithm predicts, by any attribution method, without changing it.
 
     It must be in evaluation mode: ``with evaluating(explainer.network)`` (``feature_maps.evaluating``).
 
+    An algorithm may predict an image from the others of its batch, too: its heatmap is then that of its own logit, the
+    other images being what they are (``attribution.Method``).
+
     Attributes:
         network: images -> ``algorithm.predict``'s logits, as a module.
-        layer: the module whose maps are explained: the one of the featurizer that the hparam ``map_layer`` names, else
-            the featurizer's own ``map_layer``.
 
     Args:
-        algorithm: anything that predicts from such a featurizer.
+        algorithm: anything that predicts from maps (``map_layers``).
         method: a name in ``attribution.METHODS`` or ``attribution.EVALUATION_METHODS``.
 
     Raises:
         NotImplementedError: no such method.
-        ValueError: the algorithm has no such layer.
+        ValueError: the algorithm has no layer of maps.
     """
 
     def __init__(self, algorithm: Any, method: str = "grad_cam"):
@@ -36,27 +40,53 @@ class Explainer:
         if method not in known:
             raise NotImplementedError(not_found("attribution method", method, known))
         self.algorithm, self.method = algorithm, method
-        self.network, self.layer = _Predictor(algorithm), map_layer(algorithm)
+        self.network, self._layers = _Predictor(algorithm), map_layers(algorithm)
+        self._layer: nn.Module | None = None
 
     def check(self, input_shape: Sequence[int]) -> None:
-        """Raises ValueError if ``predict`` does not run the layer, or the layer gives no maps (``Captured.maps``)."""
+        """Raises ValueError if images (C, H, W) can't be explained (see ``layer``)."""
         weight = next(self.network.parameters())
-        x = torch.zeros(2, *input_shape, device=weight.device)
-        with torch.no_grad(), evaluating(self.network), capture(self.layer) as seen:
+        self.layer(torch.zeros(2, *input_shape, device=weight.device))
+
+    def layer(self, x: Tensor) -> nn.Module:
+        """The module whose maps are explained: of ``map_layers`` that which ``predict`` runs, the featurizer's first.
+
+        Args:
+            x: images (B, C, H, W), of which the first call predicts two.
+
+        Raises:
+            ValueError: ``predict`` runs none of them, or several of which none is the featurizer's, or the maps are
+                none (``Captured.maps``).
+        """
+        if self._layer is None:
+            self._layer = self._find_layer(x[:2])
+        return self._layer
+
+    def _find_layer(self, x: Tensor) -> nn.Module:
+        with torch.no_grad(), evaluating(self.network), ExitStack() as stack:
+            seen = {name: stack.enter_context(capture(layer)) for name, layer in self._layers.items()}
             self.network(x)
-        name = type(self.algorithm).__name__
-        if not seen.has_run:
-            raise ValueError(f"{name}.predict does not run the map_layer of its featurizer, so it can't be explained")
+        name, ran = type(self.algorithm).__name__, [name for name, captured in seen.items() if captured.has_run]
+        if not ran:
+            where = ", ".join(seen)
+            raise ValueError(f"{name}.predict does not run the map_layer of its {where}, so it can't be explained")
+        if len(ran) > 1 and FEATURIZER not in ran:
+            raise ValueError(
+                f"{name} can't be explained: its predict runs several networks that have maps, {', '.join(ran)}; name "
+                f"the one to explain `{FEATURIZER}`"
+            )
+        chosen = FEATURIZER if FEATURIZER in ran else ran[0]
         try:
-            _ = seen.maps
+            _ = seen[chosen].maps
         except ValueError as error:
             raise ValueError(f"{name} can't be explained: {error}") from error
+        return self._layers[chosen]
 
     def heatmaps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and heatmaps (B, h, w) of the predicted class, without graph."""
-        x = x.detach().requires_grad_()  # maps have a graph even where all weights are frozen
+        """Logits (B, K) and heatmaps (B, h, w) of the predicted class, without graph; errors as of ``layer``."""
+        layer, x = self.layer(x), x.detach().requires_grad_()  # maps have a graph even where all weights are frozen
         with torch.no_grad():
-            logits, found = attribution.explain(self.network, self.layer, x, None, self.method, policy="none")
+            logits, found = attribution.explain(self.network, layer, x, None, self.method, policy="none")
         return logits.detach(), found.detach()
 
     def pair(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -81,7 +111,7 @@ class Explainer:
 class _Predictor(nn.Module):
     def __init__(self, algorithm: Any):
         super().__init__()
-        self.algorithm = algorithm
+        self.algorithm, self.training = algorithm, algorithm.training
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.algorithm.predict(x)
@@ -100,21 +130,35 @@ def _own(algorithm: Any, name: str, arguments: int) -> Callable[..., Any] | None
     return found
 
 
-def map_layer(algorithm: Any) -> nn.Module:
-    """The module whose maps explain the algorithm (see ``Explainer``).
+def map_layers(algorithm: Any) -> dict[str, nn.Module]:
+    """The modules whose maps may explain what the algorithm predicts, by the names of the networks that they are of.
+
+    First that of its ``featurizer``, then those of its other networks that have an attribute ``map_layer``, such as a
+    copy that has averaged weights. A network's layer is its ``map_layer``, or the module of it that the hparam
+    ``map_layer`` names.
 
     Raises:
         ValueError: there is none.
     """
-    featurizer = getattr(algorithm, "featurizer", None)
-    hparams = getattr(algorithm, "hparams", None)
-    name = hparams.get("map_layer") if isinstance(hparams, dict) else None
-    modules = dict(featurizer.named_modules()) if isinstance(featurizer, nn.Module) else {}
-    layer = modules.get(name) if name else getattr(featurizer, "map_layer", None)
-    if not isinstance(layer, nn.Module):
+    hparams, featurizer = getattr(algorithm, "hparams", None), getattr(algorithm, FEATURIZER, None)
+    wanted = hparams.get("map_layer") if isinstance(hparams, dict) else None
+    networks = {FEATURIZER: featurizer} if isinstance(featurizer, nn.Module) else {}
+    inner = {module for network in networks.values() for module in network.modules()}
+    for name, module in algorithm.named_modules():
+        if name and module not in inner and isinstance(getattr(module, "map_layer", None), nn.Module):
+            networks[name] = module
+            inner.update(module.modules())  # what a network is made of may have a map_layer, too
+    layers = {name: _layer_of(network, wanted) for name, network in networks.items()}
+    found = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+    if not found:
         raise ValueError(
             f"{type(algorithm).__name__} can't be explained: heatmaps need an attribute `featurizer` with `map_layer`, "
             "the module that gives maps (B, C, h, w), as networks.Featurizer's convolutional networks and "
-            "transformers have, or the hparam map_layer, which names such a module of the featurizer"
+            "transformers have, or another network with such an attribute; the hparam map_layer may name another "
+            "module of it"
         )
-    return layer
+    return found
+
+
+def _layer_of(network: nn.Module, name: str | None) -> Any:
+    return dict(network.named_modules()).get(name) if name else getattr(network, "map_layer", None)

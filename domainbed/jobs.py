@@ -124,7 +124,8 @@ def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> boo
 def _check_data_dir(data_dir: str | None, dataset_names: Sequence[str]) -> None:
     needy = [name for name in dataset_names if registry.attribute("datasets", name, "NEEDS_DATA_DIR", False)]
     if data_dir is None and needy:
-        raise ValueError(f"--data_dir is required: {', '.join(needy)} read files; name the directory that holds them")
+        names = ", ".join(needy) + (" reads" if len(needy) == 1 else " read")
+        raise ValueError(f"--data_dir is required: {names} files; name the directory that holds them")
 
 
 def given(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ SHOWN = 20  # problems that a message lists; of the others it gives the number
 def not_found(kind: str, name: str, known: Iterable[str]) -> str:
     """Message for an unknown name: what came, the nearest known name, what is allowed."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    hint = f"; did you mean {folded[close[0]]}?" if close else ";"
     return f"{kind} not found: {name}{hint} known: {', '.join(known)}"
 
 

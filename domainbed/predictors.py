@@ -196,10 +196,12 @@ class Predictor:
         input: how images are opened.
     """
 
-    def __init__(self, file: Path, content: dict[str, Any], device: torch.device, class_names: Sequence[str] = ()):
+    def __init__(
+        self, file: Path, content: dict[str, Any], device: torch.device, class_names: Sequence[str], trusted: bool
+    ):
         self.file, self.device, self.args = file, device, content["args"]
         self.step = saved_models.step_of(file, content)
-        self.algorithm = saved_models.restore(content, device).eval()
+        self.algorithm = saved_models.restore(content, device, trusted).eval()
         shape, dataset = tuple(content["model_input_shape"]), self.args["dataset"]
         told = "normalised" in content  # models of DomainBed and of older versions say nothing of the dataset
         self.input = Input(shape, content["normalised"]) if told else Input.of(dataset, shape)
@@ -309,11 +311,10 @@ def load(
         trusted: load the file whatever it holds; that may run code.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: there is no such model, or it can't be brought to life.
+        OSError, ValueError, NotImplementedError: no such device or model, or it can't be brought to life.
     """
-    file = saved_models.find(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(file, saved_models.load(file, device, trusted), device, class_names)
+    file, device = saved_models.find(path), saved_models.usable(device)
+    return Predictor(file, saved_models.load(file, device, trusted), device, class_names, trusted)
 
 
 def find_files(given: Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -88,7 +88,9 @@ def load_plugins(package: str) -> None:
             continue
         path = Path(plugin).resolve()
         if not path.exists():
-            raise FileNotFoundError(f"${PLUGINS_VARIABLE} names {plugin}, which does not exist")
+            raise FileNotFoundError(
+                f"${PLUGINS_VARIABLE} names {plugin}, which does not exist; several are separated by {os.pathsep!r}"
+            )
         name = f"domainbed_plugin_{path.stem}_{seed_hash(str(path))}"
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, path)

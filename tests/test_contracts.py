@@ -24,6 +24,8 @@ from domainbed import (
     state_trees,
 )
 from domainbed.algorithms.base import Task
+from domainbed.explainers import Explainer
+from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader
 from domainbed.splits import Split, split_environments, training_splits
 
@@ -116,6 +118,41 @@ def test_three_updates_or_a_clear_error(name: str, partition: str, size: int) ->
     assert logits.shape == (5, 2)
     assert torch.isfinite(logits).all()
     assert torch.equal(fresh.predict(x), logits)
+
+
+def last_maps(algorithm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``predict``'s logits of images, and the last maps that any module gives on the way to them."""
+    maps: list[torch.Tensor] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
+            maps.append(output)
+
+    handles = [module.register_forward_hook(note) for module in algorithm.modules()]
+    logits = algorithm.predict(x)
+    for handle in handles:
+        handle.remove()
+    return logits, maps[-1]
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_heatmaps_follow_from_what_predict_runs(name: str) -> None:
+    """Grad-CAM at the last maps, by the gradient of each image's own logit; all weights differ, copies' too."""
+    algorithm, _ = build(name, "environment")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in algorithm.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    explainer = Explainer(algorithm)
+    explainer.check((3, 28, 28))
+    x, _ = splits_of(28)[0].environment[torch.arange(5)]
+    with evaluating(algorithm):
+        given_logits, heatmaps = explainer.heatmaps(x)
+        logits, maps = last_maps(algorithm, x)
+    slopes = [torch.autograd.grad(own.max(), maps, retain_graph=True)[0][i] for i, own in enumerate(logits)]
+    expected = (torch.stack(slopes).mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu()
+    assert expected.any()
+    assert torch.equal(given_logits, logits)
+    torch.testing.assert_close(heatmaps, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", algorithms.ALGORITHMS)

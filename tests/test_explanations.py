@@ -1,5 +1,6 @@
 """Metrics of explanations: image by image, over a split, of any class that can be explained."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domainbed import attribution, evaluation, explanation_metrics, hparams_registry, masking, similarities
+from domainbed import (
+    attribution,
+    evaluation,
+    explanation_metrics,
+    feature_maps,
+    hparams_registry,
+    masking,
+    similarities,
+)
 from domainbed.algorithms.base import REGISTRY, Task
 from domainbed.datasets.base import InMemoryEnvironment
 from domainbed.evaluation import ExplanationPlan, Explanations, mean_colour, split_explanations
-from domainbed.explainers import Explainer, map_layer
+from domainbed.explainers import Explainer
 from domainbed.feature_maps import evaluating
 from domainbed.lib.misc import predicted_labels
 from domainbed.splits import Split
@@ -264,8 +273,9 @@ class Named(Foreign):
 
 def test_the_hparam_names_the_layer() -> None:
     algorithm = Named("2")
-    assert map_layer(algorithm) is algorithm.featurizer[2]
-    assert map_layer(Named("")) is not None
+    x = torch.zeros(2, 3, SIDE, SIDE)
+    assert Explainer(algorithm).layer(x) is algorithm.featurizer[2]
+    assert Explainer(unnamed := Named("")).layer(x) is unnamed.featurizer[4]
     assert explained(algorithm).means() != explained(Foreign()).means()
 
 
@@ -283,6 +293,77 @@ class Elsewhere(Foreign):
         return x.flatten(1)[:, :K]
 
 
+class Copied(Foreign):
+    """Predicts by a copy of its network, of which it doesn't say which one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = copy.deepcopy(nn.Sequential(self.featurizer, self.classifier))
+        self.average[1].weight.data *= -1
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.average(x)
+
+
+class Both(Copied):
+    """Predicts by two networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = self.featurizer
+        del self.featurizer
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.average(x) + self.classifier(self.body(x))
+
+
+class Whole(nn.Sequential):
+    """Names other maps than the featurizer that it has inside."""
+
+    @property
+    def map_layer(self) -> nn.Module:
+        return self[0][2]
+
+
+class Wrapped(Copied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = Whole(*self.average)
+
+
+class Relative(Foreign):
+    """Predicts an image by its difference from the mean of the images that it comes with."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        features = self.featurizer(x)
+        return self.classifier(features - 0.5 * features.mean(0))
+
+
+def test_the_network_that_predict_runs_is_explained() -> None:
+    algorithm, x = Copied(), torch.zeros(2, 3, SIDE, SIDE)
+    assert Explainer(algorithm).layer(x) is algorithm.average[0][4]
+    wrapped = Wrapped()
+    assert Explainer(wrapped).layer(x) is wrapped.average[0][2]
+    both = Both()
+    both.add_module("featurizer", both.body)
+    assert Explainer(both).layer(x) is both.body[4]
+
+
+@pytest.mark.parametrize("method", list(attribution.METHODS))
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_an_image_is_explained_by_its_own_logit_where_a_batch_is_predicted_together(method: str, n: int) -> None:
+    algorithm, (x, _) = Relative().eval(), split().environment[torch.arange(n)]
+    logits, heatmaps = Explainer(algorithm, method).heatmaps(x)
+    for i, k in enumerate(logits.argmax(1)):
+        with feature_maps.capture(algorithm.featurizer[4]) as seen:
+            own = algorithm.predict(x)[i, k]
+        maps = seen.maps
+        gradient = torch.autograd.grad(own, maps)[0]
+        expected = attribution.METHODS[method](maps[i : i + 1], own[None], policy="none", gradient=gradient[i : i + 1])
+        torch.testing.assert_close(heatmaps[i], expected[0])
+    assert heatmaps.any()
+
+
 class OnePixel(Foreign):
     def __init__(self) -> None:
         super().__init__()
@@ -295,6 +376,7 @@ class OnePixel(Foreign):
         (Bare(), "Bare can't be explained: heatmaps need an attribute `featurizer` with `map_layer`"),
         (Named("7"), "Named can't be explained"),
         (Elsewhere(), "Elsewhere.predict does not run the map_layer of its featurizer"),
+        (Both(), "Both can't be explained: its predict runs several networks that have maps, average.0, body; name "),
         (OnePixel(), "OnePixel can't be explained: .* a map of one pixel explains nothing"),
     ],
 )

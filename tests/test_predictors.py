@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from domainbed import datasets, hparams_registry, predictors, records, training
+from domainbed import attribution, datasets, hparams_registry, predictors, records, training
 from domainbed.algorithms import ERM
 from domainbed.algorithms.base import Task
 from domainbed.predictors import Input, Predictor
-from domainbed.scripts import train
+from domainbed.scripts import train, train_building
 from domainbed.scripts.train_arguments import completed
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def predictor(run: Path) -> Predictor:
 def tested(predictor: Predictor) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and labels of the run's test environment, in-split."""
     hparams = hparams_registry.default_hparams("ERM", "DigitsM2M")
-    _, splits = train.build_data(completed(predictor.args), hparams)
+    _, splits = train_building.build_data(completed(predictor.args), hparams)
     (split,) = [split for split in splits if (split.env, split.kind) == (0, "in")]
     return split.environment[torch.from_numpy(split.keys)]
 
@@ -114,6 +114,20 @@ def test_a_figure_that_notebooks_show(predictor: Predictor, tested: Any) -> None
         assert f"{name}, " in caption
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert len(predictor.show(x, n=2).axes) == 4
+
+
+@pytest.mark.parametrize("device", ["meta", "banana", "cuda:99"])
+def test_a_device_that_can_not_be_used_is_explained(run: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=rf"^device {device} can't be used here \(.+\); take cpu$"):
+        predictors.load(run, device)
+    with pytest.raises(FileNotFoundError, match="no such run"):
+        predictors.load(run / "nowhere", device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be used")
+def test_a_gpu_where_there_is_none(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"^device cuda can't be used here \(.+\); take cpu$"):
+        predictors.load(run, device="cuda")
 
 
 def test_it_says_which_model_it_is(run: Path) -> None:
@@ -293,3 +307,9 @@ def test_a_model_of_domainbed_itself_predicts(tmp_path: Path) -> None:
     assert np.array_equal(predictor.predict(x).probabilities, expected)
     assert predictor.step == -1
     assert "of an unknown step" in repr(predictor)
+
+
+def test_every_method_of_attribution(predictor: Predictor, tested: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for method in [*attribution.METHODS, *attribution.EVALUATION_METHODS]:
+        heatmaps = predictor.explain(tested[0][:3], method)
+        assert heatmaps.max(axis=(1, 2)) == pytest.approx(np.ones(3)), method

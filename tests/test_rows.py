@@ -168,9 +168,9 @@ def test_for_domainbed_names_the_rows_and_numbers_the_trials():
 
 
 def test_defaults_are_those_of_the_train_script():
-    from domainbed.scripts import train
+    from domainbed.scripts import train_arguments
 
-    parsed = vars(train.parser().parse_args([]))
+    parsed = vars(train_arguments.parser().parse_args([]))
     assert {key: parsed[key] for key in rows.DEFAULTS} == rows.DEFAULTS
     assert Row.of(parsed) == Row("ERM", "environment")
 

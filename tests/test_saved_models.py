@@ -1,8 +1,10 @@
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,19 @@ def test_what_is_not_there_is_explained(tmp_path: Path) -> None:
         saved_models.find(tmp_path)
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_checkpoints_alone_are_named(tmp_path: Path, records: bool) -> None:
+    for name in ("model_step600.pkl", "model_step0.pkl", "model_step1200.pkl", "model_step1.pkl.old", "notes.pkl"):
+        (tmp_path / name).touch()
+    if records:
+        (tmp_path / "results.jsonl").touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        saved_models.find(tmp_path)
+    head, *names = str(caught.value).splitlines()
+    assert head == f"{tmp_path} holds no model_best.pkl and no model.pkl, but checkpoints; name one of these files:"
+    assert [name.strip() for name in names] == ["model_step0.pkl", "model_step600.pkl", "model_step1200.pkl"]
+
+
 def test_what_is_no_model_is_explained(tmp_path: Path) -> None:
     (tmp_path / "text.pkl").write_text("no model")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pkl")
@@ -118,7 +133,7 @@ def test_one_call_makes_a_predictor_of_domainbeds_file(tmp_path: Path, size: int
         expected = algorithm.eval().predict(x).softmax(1)
     np.testing.assert_allclose(predictor.predict(x).probabilities, expected, rtol=1e-5, atol=1e-6)
     assert predictor.input == predictors.Input((3, size, size), normalised=dataset == "PACS")
-    assert "pretrained" not in predictor.algorithm.hparams
+    assert not {"pretrained", "fetch_code"} & predictor.algorithm.hparams.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in DOMAINBED_ORDER if name in ALGORITHMS])
@@ -169,11 +184,48 @@ def test_numpys_scalars_of_random_hparams_become_pythons(tmp_path: Path, old: bo
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_scalars_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (np.datetime64("2026-01-01"), "datetime64"),
+        (np.complex128(1j), "complex128"),
+        (np.bytes_(b"relu"), "|S4"),
+        pytest.param(
+            np.longdouble(1), str(np.dtype("g")), marks=pytest.mark.skipif(np.dtype("g") == float, reason="is a double")
+        ),
+    ],
+)
+def test_scalars_that_are_no_numbers_are_refused(tmp_path: Path, value: Any, dtype: str) -> None:
     path = tmp_path / "model.pkl"
-    domainbeds(path, hparams={"when": np.datetime64("2026-01-01")})
-    with pytest.raises(ValueError, match="no model of train, or is damaged"):
+    domainbeds(path, hparams={"own": value})
+    message = f"{path} holds a numpy scalar of {dtype}, which is no number of Python's and no text, so it is not loaded"
+    with pytest.raises(ValueError, match=re.escape(message) + ".*trusted=True"):
         saved_models.load(path, CPU)
+    assert saved_models.load(path, CPU, trusted=True)["model_hparams"]["own"] == value.item()
+
+
+def test_threads_load_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    domainbeds(path, hparams=NUMPY)
+    before = set(torch.serialization.get_safe_globals())
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: saved_models.load(path, CPU)["model_hparams"]["resnet_dropout"], range(120)))
+    assert found == [0.1] * 120
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_a_users_own_safe_globals_stay_and_do_not_disturb(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    domainbeds(path, hparams=NUMPY)
+    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # as numpy 1 and numpy 2 name it
+    own = [np.dtype, type(np.dtype(np.float64)), scalar, (scalar, "numpy.core.multiarray.scalar"), Evil]
+    with torch.serialization.safe_globals(own):
+        before = set(torch.serialization.get_safe_globals())
+        assert saved_models.load(path, CPU)["model_hparams"]["resnet_dropout"] == 0.1
+        (tmp_path / "text.pkl").write_text("no model")
+        with pytest.raises(ValueError, match="is no model of train"):
+            saved_models.load(tmp_path / "text.pkl", CPU)
+        assert set(torch.serialization.get_safe_globals()) == before >= set(own)
 
 
 class Evil:
@@ -234,7 +286,7 @@ def test_a_damaged_file_is_explained(tmp_path: Path, trusted: bool) -> None:
     with pytest.raises(ValueError, match="is no model of train, or is damaged"):
         saved_models.load(path, CPU, trusted)
     torch.save([1], path)
-    with pytest.raises(ValueError, match="is no model of train; name"):
+    with pytest.raises(ValueError, match=r"is no model of train \(it holds no dict, but list\); name"):
         saved_models.load(path, CPU, trusted)
 
 
@@ -251,13 +303,102 @@ def test_unknown_names_in_a_file_are_explained(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     domainbeds(path)
     content = torch.load(path, weights_only=True)
-    for key, name, message in (
-        ("algorithm", "Mine", r"algorithm not found: Mine.*a class of your own.*\$DOMAINBED_PLUGINS"),
-        ("dataset", "MySet", r"how images of MySet are opened is not known here.*\$DOMAINBED_PLUGINS"),
+    advice = r".*\$DOMAINBED_PLUGINS"
+    for key, name, error, message in (
+        ("algorithm", "Mine", NotImplementedError, f"^algorithm not found: Mine.*a class of your own{advice}"),
+        ("dataset", "MySet", ValueError, f"^how images of MySet are opened is not known here{advice}"),
     ):
         torch.save(content | {"args": content["args"] | {key: name}}, path)
-        with pytest.raises((NotImplementedError, ValueError), match=message):
+        with pytest.raises(error, match=message):
             predictors.load(path, "cpu")
+
+
+ARGS = {"algorithm": "ERM", "dataset": "Debug28"}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("given", "trouble"),
+    [
+        ({"args": None}, "args is no dict"),
+        ({"args": {}}, "args has no name of the algorithm"),
+        ({"args": ARGS | {"algorithm": 3}}, "args has no name of the algorithm"),
+        ({"args": ARGS | {"dataset": None}}, "args has no name of the dataset"),
+        ({"model_hparams": [1]}, "model_hparams is no dict"),
+        ({"model_dict": torch.zeros(1)}, "model_dict is no dict"),
+        ({"model_input_shape": None}, "model_input_shape is None"),
+        ({"model_input_shape": 28}, "model_input_shape is 28"),
+        ({"model_input_shape": ()}, r"model_input_shape is \(\)"),
+        ({"model_input_shape": "abc"}, "model_input_shape is 'abc'"),
+        ({"model_input_shape": (3, 28, 0)}, r"model_input_shape is \(3, 28, 0\)"),
+        ({"model_input_shape": (3, 28, 10**9)}, r"model_input_shape is \(3, 28, 1000000000\)"),
+        ({"model_num_classes": None}, "model_num_classes is None"),
+        ({"model_num_classes": 2.0}, "model_num_classes is 2.0"),
+        ({"model_num_classes": -1}, "model_num_classes is -1"),
+        ({"model_num_classes": 10**12}, "model_num_classes is 1000000000000"),
+        ({"task": [1]}, "task is no dict"),
+        ({"step": None}, "step is None"),
+        ({"step": "last"}, "step is 'last'"),
+        ({"normalised": None}, "normalised is None"),
+        ({"class_names": 3}, "class_names"),
+        ({"class_names": ["cat", 1]}, "class_names"),
+    ],
+)
+def test_malformed_content_is_no_model(tmp_path: Path, given: dict[str, Any], trouble: str, trusted: bool) -> None:
+    path = tmp_path / "model.pkl"
+    domainbeds(path)
+    torch.save(torch.load(path, weights_only=True) | given, path)
+    with pytest.raises(ValueError, match=rf"model\.pkl is no model of train \({trouble}\); name a model"):
+        predictors.load(path, "cpu", trusted=trusted)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_num_domains": "two"},
+        {"model_dict": {"featurizer.conv1.weight": 3}},
+        {"model_dict": {3: torch.zeros(1)}},
+        {"model_input_shape": (28, 28)},
+        {"model_hparams": {"nonlinear_classifier": False, "lr": "fast", "weight_decay": None}},
+        {"task": {}},
+        {"task": {"shape": 3}},
+        {"task": TASK.to_dict() | {"input_shape": 3}},
+    ],
+)
+def test_what_no_class_can_be_built_of_does_not_fit(tmp_path: Path, given: dict[str, Any]) -> None:
+    path = tmp_path / "model.pkl"
+    domainbeds(path, "GroupDRO")
+    torch.save(torch.load(path, weights_only=True) | given, path)
+    with pytest.raises(ValueError, match=r"^the saved model does not fit GroupDRO as it is now"):
+        predictors.load(path, "cpu")
+
+
+def test_a_trusted_files_shape_may_hold_numpys_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    domainbeds(path)
+    shape = (3, np.int64(28), np.int64(28))
+    torch.save(torch.load(path, weights_only=True) | {"model_input_shape": shape}, path)
+    assert predictors.load(path, "cpu", trusted=True).input.shape == (3, 28, 28)
+
+
+def test_code_is_fetched_for_trusted_models_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fetched = tmp_path / "model.pkl", []
+    domainbeds(path)
+    content = torch.load(path, weights_only=True)
+    content["model_hparams"] |= {"backbone": "dinov2", "fetch_code": True}
+
+    def fetch(repository: str, *args: Any, **kwargs: Any) -> None:
+        fetched.append(repository)
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "load", fetch)
+    torch.save(content | {"model_input_shape": (3, 28, 28)}, path)
+    with pytest.raises(ValueError, match=r"^the code of DINOv2 is fetched .*trusted: --trusted, in Python trusted=T"):
+        predictors.load(path, "cpu")
+    assert not fetched
+    with pytest.raises(OSError, match="no route"):
+        predictors.load(path, "cpu", trusted=True)
+    assert fetched == ["facebookresearch/dinov2"]
 
 
 def test_weights_of_another_class_are_explained(tmp_path: Path) -> None:

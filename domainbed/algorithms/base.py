@@ -59,6 +59,9 @@ class Task:
 class Algorithm(nn.Module):
     """Learns from minibatches and predicts; subclasses implement ``update`` and ``predict``.
 
+    Where it looks can be shown if a network that ``predict`` runs has an attribute ``map_layer``, as those of
+    ``networks.Featurizer`` mostly do; of several the one that is called ``featurizer`` is explained.
+
     Class attributes:
         HPARAMS: own hparams, name -> ``(default, draw)`` with ``draw(RandomState)``, or name -> function of the
             dataset's traits that returns such a pair; added to those of the bases and to the shared table.
@@ -93,7 +96,7 @@ class Algorithm(nn.Module):
         if task.num_domains < cls.MIN_PARTS:
             raise ValueError(
                 f"{cls.__name__} compares at least {cls.MIN_PARTS} minibatches, this partition has {task.num_domains}; "
-                "choose another --partition or fewer --test_envs"
+                "train on more environments, or by --partition group or confounder where a confounder is known"
             )
         return cls(task.input_shape, task.num_classes, task.num_domains, hparams)
 

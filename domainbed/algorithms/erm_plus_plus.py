@@ -1,6 +1,6 @@
 """ERM++: empirical risk with a first phase for the classifier, averaged weights and a search of the learning rate."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from domainbed.algorithms.base import Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Minibatches, concatenate, learning_rate, make_optimizer, register
 from domainbed.algorithms.erm import ERM
 from domainbed.lib.lars import LARS
 from domainbed.lib.weight_average import ErmPlusPlusMovingAvg
@@ -17,6 +17,10 @@ from domainbed.lib.weight_average import ErmPlusPlusMovingAvg
 Schedule = list[list[float]]  # learning rates by checkpoint, each in a list
 
 CHANGES = 3  # of the learning rate; the third one ends the search
+
+
+def _linear_lr(dataset: Any) -> tuple[float, Callable[[Any], float]]:
+    return learning_rate(dataset) if dataset.optimizer == "sgd" else (5e-5, lambda r: 10 ** r.uniform(-5, -3.5))
 
 
 @register
@@ -43,7 +47,7 @@ class ERMPlusPlus(ERM, ErmPlusPlusMovingAvg):
         freeze_bn: BatchNorm keeps its statistics.
     """
 
-    HPARAMS = {"linear_lr": (5e-5, lambda r: 10 ** r.uniform(-5, -3.5))}
+    HPARAMS = {"linear_lr": _linear_lr}
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]):
         super().__init__(input_shape, num_classes, num_domains, hparams)

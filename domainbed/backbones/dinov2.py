@@ -25,9 +25,11 @@ class DinoV2(Backbone):
         vit_attn_tune: train the attention layers only.
         pretrained: False takes random weights (torch.hub still fetches the code once).
         weights: a local file.
+        fetch_code: False, as untrusted models are built, refuses to fetch code and run it.
 
     Raises:
-        ValueError: the images don't have three channels or their sides aren't multiples of 14; or a file does not fit.
+        ValueError: the images don't have three channels or their sides aren't multiples of 14; or a file does not fit;
+            or code may not be fetched.
         OSError: torch.hub can't load code or weights.
     """
 
@@ -39,6 +41,11 @@ class DinoV2(Backbone):
             raise ValueError(f"images have {channels} channels; DINOv2 takes 3, use a ResNet or repeat channels")
         if height % _PATCH or width % _PATCH:
             raise ValueError(f"images have {height} x {width} pixels; DINOv2 takes multiples of {_PATCH}, such as 224")
+        if not hparams.get("fetch_code", True):
+            raise ValueError(
+                "the code of DINOv2 is fetched by torch.hub (facebookresearch/dinov2) and run, which no saved model "
+                "may bring about unless it is trusted: --trusted, in Python trusted=True"
+            )
         network = _network(Choice.of(hparams))
         if hparams.get("vit_attn_tune", False):
             for name, parameter in network.named_parameters():

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from domainbed import evaluation, training
-from domainbed.scripts import run_cli, torch_process, train
+from domainbed.scripts import run_cli, torch_process, train_building
 from domainbed.scripts.train_arguments import completed, resolve
 
 _UPDATES = 3  # at least, after a first one that does not count
@@ -83,7 +83,7 @@ def timing(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The values of a ``plans.Timing`` for jobs with these arguments, which differ in their draws only."""
     args, hparams = typical(draws)
     start = time.perf_counter()
-    run = train.build(args, hparams)
+    run = train_building.build(args, hparams)
     start_s = time.perf_counter() - start
     step_s = step_seconds(run)
     evaluation_s, extrapolated = evaluation_seconds(run)
@@ -107,7 +107,7 @@ def calibrate(question: Mapping[str, Any]) -> dict[str, Any]:
     """
     found, import_s = [], time.process_time()
     with suppress(Exception):  # what is imported only now is no part of the first kind's start; it fails again below
-        train.build(*typical(question["kinds"][0]["draws"]))
+        train_building.build(*typical(question["kinds"][0]["draws"]))
     for number, kind in enumerate(question["kinds"], 1):
         print(f"timing {number} of {len(question['kinds'])}: {kind['name']}", file=sys.stderr, flush=True)
         try:
@@ -115,7 +115,7 @@ def calibrate(question: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # any failure is the answer for its kind, and none of the other kinds'
             found.append({"reason": " ".join(str(error).split()) or type(error).__name__})
         gc.collect()  # a run's tensors go before the next is built
-    return {"device": str(train.device()), "import_s": import_s, "kinds": found}
+    return {"device": str(train_building.device()), "import_s": import_s, "kinds": found}
 
 
 def main(argv: Sequence[str]) -> int:

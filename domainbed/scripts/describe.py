@@ -18,7 +18,7 @@ from domainbed.datasets.base import ImageEnvironment, Integers, MultipleDomainDa
 from domainbed.lib.misc import known_array, labels
 from domainbed.scripts import bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
-from domainbed.scripts.train import build_dataset, seed_everything
+from domainbed.scripts.train_building import build_dataset, seed_everything
 from domainbed.splits import check_test_envs
 
 BASELINE = "ERM"  # whose hparams the dataset is built with

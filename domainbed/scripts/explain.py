@@ -20,7 +20,7 @@ from domainbed.scripts import bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser, add_trusted
 from domainbed.scripts.figure_gradcam import Sketch, View, describe, picture, sketch
 from domainbed.scripts.subjects import Subject, check_same_images, open_subject, wanted
-from domainbed.scripts.train import device
+from domainbed.scripts.train_building import device
 from domainbed.splits import Split
 
 PER_IMAGE = ("model", "env", "split", "index", "y", "c", "g", "predicted", "correct")

@@ -14,7 +14,7 @@ from domainbed.features import Features
 from domainbed.figures import Panel
 from domainbed.scripts import bad_input, subjects
 from domainbed.scripts.figure_gradcam import class_name
-from domainbed.scripts.train import device
+from domainbed.scripts.train_building import device
 from domainbed.splits import validation_splits
 from domainbed.table_formats import MISSING, Cell, Table
 

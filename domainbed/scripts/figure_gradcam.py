@@ -17,7 +17,7 @@ from domainbed.lib.misc import labels, predicted_labels
 from domainbed.loaders import evaluation_batches
 from domainbed.scripts import bad_input, subjects
 from domainbed.scripts.subjects import Subject
-from domainbed.scripts.train import device
+from domainbed.scripts.train_building import device
 from domainbed.splits import Split
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from domainbed.lib.misc import known_array
 from domainbed.scripts import BadInput, bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser
 from domainbed.scripts.describe import BASELINE, picture
-from domainbed.scripts.train import build_dataset, seed_everything
+from domainbed.scripts.train_building import build_dataset, seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from domainbed import figures, model_selection, records, saved_models
 from domainbed.group_tables import SAMPLING, ordered
 from domainbed.rows import Row, Run, meeting, row_names
 from domainbed.scripts.arguments import add_trusted
-from domainbed.scripts.train import build_data, device
 from domainbed.scripts.train_arguments import completed
+from domainbed.scripts.train_building import build_data, device
 from domainbed.splits import Split
 from domainbed.tables import in_order
 
@@ -65,7 +65,7 @@ def open_subject(file: Path, own: Mapping[str, Any] | None = None, trusted: bool
     given = {key: value for key, value in (own or {}).items() if value is not None}
     args = completed(content["args"]) | given
     dataset, splits = build_data(args, content["model_hparams"])
-    algorithm = saved_models.restore(content, device())
+    algorithm = saved_models.restore(content, device(), trusted)
     return Subject(file, content["args"], saved_models.step_of(file, content), algorithm, dataset, splits)
 
 

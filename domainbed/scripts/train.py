@@ -1,12 +1,9 @@
 """Trains one algorithm on one dataset: ``python -m domainbed.scripts.train --dataset DigitsM2M --algorithm ERM``."""
 
 import errno
-import inspect
 import logging
-import math
 import os
 import platform
-import random
 import signal
 import sys
 import traceback
@@ -16,39 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 
-from domainbed import (
-    claims,
-    datasets,
-    interruption,
-    loggers,
-    mask_files,
-    notices,
-    partitions,
-    predictors,
-    run_directory,
-    snapshots,
-    states,
-    training,
-)
-from domainbed.algorithms import get_algorithm_class
-from domainbed.algorithms.base import Task
-from domainbed.algorithms.base import build as build_algorithm
+from domainbed import claims, interruption, loggers, run_directory, snapshots, states
 from domainbed.console import Tee
-from domainbed.explainers import Explainer
-from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.scripts import BAD_INPUT_STATUS, BadInput, bad_input, run_cli
 from domainbed.scripts.train_arguments import defaults, parser, resolve
-from domainbed.scripts.train_execution import Execution, Run
-from domainbed.seeding import seed_hash
-from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
+from domainbed.scripts.train_building import build
+from domainbed.scripts.train_execution import Execution
 from domainbed.state_trees import NotResumable
 
 logger = logging.getLogger(__name__)
-
-DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 
 
 class Trainable(Protocol):
@@ -144,7 +119,7 @@ def begin(
     """The run as it was when the snapshot was written; without one, or if it does not fit, at its first step.
 
     Raises:
-        ValueError, FileNotFoundError: see ``build``.
+        ValueError, FileNotFoundError: see ``train_building.build``.
     """
     return begin_or_resume(
         lambda content: Execution(build(args, hparams), claim, save_every_s), snapshot, args["output_dir"]
@@ -222,225 +197,6 @@ def _print_header(args: dict[str, Any], hparams: dict[str, Any]) -> None:
         print(f"{title}:")
         for name, value in sorted(values.items()):
             print(f"\t{name}: {value}")
-
-
-def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLoader] = TrainingLoader) -> Run:
-    """Builds dataset, splits, loaders and algorithm, in the order in which DomainBed's random numbers are drawn.
-
-    Args:
-        loader: how minibatches are drawn.
-
-    Raises:
-        ValueError, FileNotFoundError: what was asked for doesn't fit together, or files are missing.
-    """
-    training.keep_freed_memory()
-    dataset, splits = build_data(args, hparams)
-    test_envs = args["test_envs"]
-    validation = validation_splits(dataset, splits, test_envs)
-    stopping = early_stopping(hparams)
-    if not (dataset.num_confounders > 1 and validation):
-        refuse_what_needs_validation(args, hparams)
-
-    trained = training_splits(dataset, splits, test_envs)
-    notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    known = annotated(dataset, trained, args)
-    minibatches = build_loader(
-        known, args["partition"], dataset, args, hparams, len(trained), needs_masks(dataset, args), loader
-    )
-    if sum(len(part.positions) for part in minibatches.parts) < sum(map(len, trained)):
-        notices.report_not_annotated(dataset, trained, known)
-    adapts = args["task"] == "domain_adaptation"
-    unlabeled = build_unlabeled(splits, dataset, args, hparams, loader) if adapts else None
-    counts = minibatches.group_counts(dataset.num_classes)
-    measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
-    smallest = min(len(split) for split in splits if split.kind == "in")
-    shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
-    pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
-    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], pass_steps, args, shares)
-    shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
-    task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts, plan.steps)
-    algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
-    if args["explain"]:
-        Explainer(algorithm).check(shape)  # now, not when the training is over
-    return Run(
-        args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device(), about(dataset)
-    )
-
-
-def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list[Split]]:
-    """The dataset and its splits; the first of all that draws from the run's seed."""
-    seed_everything(args["seed"])
-    dataset = build_dataset(args, hparams)
-    dataset.use_input_pipeline(args["input_pipeline"])
-    fractions = args["holdout_fraction"], args["uda_holdout_fraction"]
-    return dataset, split_environments(dataset, args["test_envs"], *fractions, trial_seed=args["trial_seed"])
-
-
-def about(dataset: Any) -> dict[str, Any]:
-    """What a model says of the dataset, so that it predicts where that is not known."""
-    normalised = predictors.normalises(dataset.input_shape, dataset.HPARAMS_SIZE, dataset.NORMALISED)
-    return {"class_names": list(map(str, dataset.CLASSES)), "normalised": normalised}
-
-
-def refuse_what_needs_validation(args: dict[str, Any], hparams: dict[str, Any]) -> None:
-    """Raises ValueError if something asks for a validation score, which takes groups."""
-    for name, asked in {"--keep_best": args["keep_best"], "hparam patience": hparams.get("patience")}.items():
-        if asked:
-            raise ValueError(f"{name} needs groups and validation images; {args['dataset']} as split here lacks them")
-
-
-def early_stopping(hparams: dict[str, Any]) -> training.EarlyStopping | None:
-    """What the hparams ``patience`` (checkpoints) and ``min_delta`` ask for; None without a patience."""
-    if "patience" not in hparams:
-        return None
-    return training.EarlyStopping(hparams["patience"], hparams.get("min_delta", 1e-4))
-
-
-def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
-    """The training splits within the annotation budget; an algorithm that reads confounders gets no other images.
-
-    Raises:
-        ValueError: the budget is no share, there is nothing to annotate, or it leaves such an algorithm less than two
-            confounder values.
-    """
-    budget = args["annotation_budget"]
-    if budget != 1 and dataset.num_confounders < 2:
-        raise ValueError(f"--annotation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
-    splits = annotate(trained, budget, args["trial_seed"])
-    notices.report_budget(splits)
-    if not getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False):
-        return splits
-    if dataset.num_confounders < 2:
-        cause = f"{args['algorithm']} learns from confounders, and {args['dataset']} knows none"
-        raise ValueError(f"{cause}; {partitions.ADVICE}")
-    known = [split for split in map(Split.only_annotated, splits) if len(split)]
-    if len({c for split in known for c in np.unique(split.c)}) < 2:
-        raise ValueError(
-            f"{args['algorithm']} learns from confounder labels and needs two values of them; the training images have "
-            f"fewer within --annotation_budget {budget}; raise it, or take other --test_envs"
-        )
-    return known
-
-
-def needs_masks(dataset: Any, args: dict[str, Any]) -> bool:
-    """Whether the algorithm learns from masks.
-
-    Raises:
-        ValueError: it does, and the dataset has none.
-    """
-    needed = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_MASKS", False)
-    if needed and not dataset.has_masks:
-        raise ValueError(
-            f"{args['algorithm']} learns from masks, and {args['dataset']} has none; give --mask_dir, a folder of "
-            "them (docs/datasets.md says how they are named), or take a dataset that has masks"
-        )
-    return needed
-
-
-def build_plan(
-    dataset: Any,
-    measured: Sequence[Split],
-    steps_per_epoch: float,
-    pass_steps: int,
-    args: dict[str, Any],
-    training_counts: tuple[int, ...],
-) -> training.Plan:
-    """The plan; ``pass_steps`` is how many steps draw as many images as are trained on, an epoch of ``--epochs``."""
-    epochs = args["epochs"]
-    return training.Plan(
-        steps=epochs * pass_steps if epochs else args["steps"] or dataset.N_STEPS,
-        checkpoint_freq=args["checkpoint_freq"] or (pass_steps if epochs else dataset.CHECKPOINT_FREQ),
-        steps_per_epoch=steps_per_epoch,
-        splits=measured,
-        num_classes=dataset.num_classes,
-        num_confounders=dataset.num_confounders,
-        precision=args["precision"],
-        num_workers=dataset.N_WORKERS,
-        training_counts=training_counts,
-    )
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
-    dataset_class: Any = datasets.get_dataset_class(args["dataset"])
-    if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
-        raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
-    given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None}
-    if refused := given.keys() - set(dataset_class.OPTIONS):
-        raise ValueError(f"{args['dataset']} leaves no choice of --{', --'.join(sorted(refused))}; leave it out")
-    try:
-        dataset = dataset_class(args["data_dir"], args["test_envs"], hparams, **given)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}\n{layout(dataset_class)}") from error
-    dataset.check_arrays()
-    notices.report_release(dataset)
-    if args.get("mask_dir"):
-        mask_files.use(dataset, Path(args["mask_dir"]))
-    return dataset
-
-
-def layout(dataset_class: type) -> str:
-    """What the class's docstring says of the files, and where they come from."""
-    text = inspect.getdoc(dataset_class) or ""
-    words = text.partition("Layout:")[2].partition("\n\n")[0].split()
-    fetch = "`python -m domainbed.scripts.download --list` says which files can be downloaded"
-    return f"Layout below --data_dir: {' '.join(words)}\n{fetch}" if words else fetch
-
-
-def build_loader(
-    splits: Sequence[Split],
-    partition: str,
-    dataset: Any,
-    args: dict[str, Any],
-    hparams: dict[str, Any],
-    num_environments: int,
-    with_masks: bool = False,
-    loader: type[TrainingLoader] = TrainingLoader,
-) -> TrainingLoader:
-    return loader(
-        splits,
-        partitions.REGISTRY[partition],
-        hparams["batch_size"],
-        dataset.num_confounders,
-        args["seed"],
-        hparams["class_balanced"],
-        dataset.N_WORKERS,
-        device(),
-        num_environments,
-        with_masks,
-    )
-
-
-def build_unlabeled(
-    splits: Sequence[Split],
-    dataset: Any,
-    args: dict[str, Any],
-    hparams: dict[str, Any],
-    loader: type[TrainingLoader] = TrainingLoader,
-) -> TrainingLoader:
-    """The loader of the test environments' uda-splits; their classes, which nobody knows, are never balanced.
-
-    Raises:
-        ValueError: there are no such splits.
-    """
-    uda = [split for split in splits if split.kind == "uda"]
-    if not uda:
-        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
-    own = {"seed": seed_hash("unlabeled", args["seed"])}  # draws that are not those of the training images
-    unbalanced = hparams | {"class_balanced": False}
-    return build_loader(uda, "environment", dataset, args | own, unbalanced, len(uda), loader=loader)
-
-
-def seed_everything(seed: int) -> None:
-    """Python's, numpy's and torch's generators; deterministic convolutions."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
 
 
 if __name__ == "__main__":

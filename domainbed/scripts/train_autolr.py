@@ -29,7 +29,7 @@ from domainbed.evaluation import autocast
 from domainbed.loaders import EVALUATION_BATCH, TrainingLoader, evaluation_batches
 from domainbed.loggers import LoggedRun, Logging
 from domainbed.records import acc_key, full_data_acc_key
-from domainbed.scripts import run_cli, train, train_arguments
+from domainbed.scripts import run_cli, train, train_arguments, train_building
 from domainbed.scripts.train_execution import Execution, Run
 from domainbed.splits import Split
 
@@ -105,11 +105,11 @@ class FirstStage(Execution):
     """Trains on the in-splits until ``set_lr`` has seen enough, or to the last step; leaves records, but no model.
 
     Raises:
-        ValueError: no image validates; see ``train.build``.
+        ValueError: no image validates; see ``train_building.build``.
     """
 
     def __init__(self, args: dict[str, Any], hparams: dict[str, Any], claim: Claim, save_every_s: float):
-        super().__init__(train.build(args, hparams, EachOnce), claim, save_every_s)
+        super().__init__(train_building.build(args, hparams, EachOnce), claim, save_every_s)
         if not self.run.validation:
             raise ValueError("the first stage needs validation images; give a --holdout_fraction above 0, like 0.2")
         self.rates, self.pace = Rates(), self._search
@@ -153,7 +153,7 @@ class SecondStage(Execution):
     ):
         self.args, self.length = args, {"steps": steps, "checkpoint_freq": checkpoint_freq}
         own = args | {"holdout_fraction": 0.0}
-        run = replace(train.build(own | self.length | {"epochs": None}, hparams, EachOnce), args=own)
+        run = replace(train_building.build(own | self.length | {"epochs": None}, hparams, EachOnce), args=own)
         super().__init__(run, claim, save_every_s)
         self.rates, self.pace, self.earlier = Rates(), self._follow, steps
         self.state.append(self.rates)
@@ -216,7 +216,7 @@ def begin(
 
     Raises:
         ValueError: the algorithm searches no learning rate, something is asked for that can't be had with it, or see
-            ``train.build``.
+            ``train_building.build``.
     """
     refuse(args, hparams)
     make_second = functools.partial(SecondStage, args, hparams, claim, save_every_s)

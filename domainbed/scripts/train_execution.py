@@ -229,8 +229,8 @@ def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> flo
 
 
 def print_record(record: dict[str, Any], columns: list[str]) -> list[str]:
-    """Prints the record's row, under a header row if its columns are new; per-group numbers stay in the file."""
-    shown = sorted(key for key in record if not records.is_group_key(key))
+    """Prints the record's row, under a header if its columns are new; of groups only WGA; the rest is in the file."""
+    shown = sorted(key for key in record if not (records.is_group_key(key) or key.endswith("_adj_acc")))
     if shown != columns:
         print_row(shown, colwidth=12)
     print_row([record[key] for key in shown], colwidth=12)

@@ -12,8 +12,8 @@ import torch
 from domainbed import algorithms, predictors
 from domainbed.algorithms import ERM
 from domainbed.scripts import BadInput, collect_results, sweep, train
-from domainbed.scripts.train import build_data
 from domainbed.scripts.train_arguments import completed
+from domainbed.scripts.train_building import build_data
 
 TASK = ["--task", "domain_adaptation", "--uda_holdout_fraction", "0.5"]
 QUICK = ["--steps", "3", "--checkpoint_freq", "2", "--hparams", '{"backbone": "small_cnn", "batch_size": 4}']

@@ -142,7 +142,11 @@ def test_seconds_of_an_update(monkeypatch, first, seconds, expected, updates):
     worker = Worker(clock, first, seconds)
     plan = training.Plan(5, 1, 1.0, [], 2, 1)
     run = SimpleNamespace(
-        algorithm=worker, minibatches=iter(lambda: [], None), unlabeled=None, plan=plan, device=calibrate.train.device()
+        algorithm=worker,
+        minibatches=iter(lambda: [], None),
+        unlabeled=None,
+        plan=plan,
+        device=calibrate.train_building.device(),
     )
     assert calibrate.step_seconds(run) == expected
     assert worker.updates == updates
