@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,6 +70,11 @@ def training_count_key(group: int) -> str:
 def full_data_acc_key(env: int) -> str:
     """Accuracy of an environment's in-split after a second stage that trains on everything (train_autolr)."""
     return f"fd_{acc_key(env, 'in')}"
+
+
+def is_full_data(keys: Iterable[str]) -> bool:
+    """Whether these are a record's of such a second stage, which only ``collect_results --auto_lr`` reads."""
+    return any(key.startswith("fd_env") for key in keys)
 
 
 def is_group_key(key: str) -> bool:

@@ -164,6 +164,7 @@ def read(run: Path, pairs: Pairs, explained: tuple[Any, ...]) -> tuple[Entry, li
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     segments, skipped = parse(data)
+    segments = [segment for segment in segments if not all(map(keys.is_full_data, segment.shapes))]
     for segment in segments:
         pairs.add(segment.args["dataset"], segment.args["test_envs"])
     condensed = [

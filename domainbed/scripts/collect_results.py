@@ -87,9 +87,13 @@ def merge_records(records: Iterable[Mapping[str, Any]]) -> Q:
     """
     merged: dict[Any, dict[str, Any]] = {}
     for record in records:
-        key = recursive_freeze(remove_key(record["args"], "holdout_fraction")), record["step"]
+        key = _without_holdout(record), record["step"]
         merged[key] = {**record, **merged.get(key, {})}
     return Q(merged.values())
+
+
+def _without_holdout(record: Record) -> Any:
+    return recursive_freeze(remove_key(record["args"], "holdout_fraction"))
 
 
 def with_full_data(record: Record) -> dict[str, Any] | None:
@@ -168,7 +172,9 @@ def _both_stages(args: argparse.Namespace) -> Sweep:
     """Every record, with the stages of ``train_autolr`` merged."""
     records = merge_records(reporting.load_records(args.input_dir))
     validation = model_selection.IIDAutoLRAccuracySelectionMethod
-    found = Merged(records, list(explanation_records.iterate(args.input_dir)))
+    first = {_without_holdout(record): record["args"] for record in records}
+    lines = explanation_records.iterate(args.input_dir)  # of the second stage's model
+    found = Merged(records, [{**line, "args": first.get(_without_holdout(line), line["args"])} for line in lines])
     return Sweep(args, found, [validation], validation)
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if not Path(args.input_dir).is_dir():
         raise BadInput(f"--input_dir {args.input_dir} is no directory; name the --output_dir of a sweep")
-    records = list(record_files.iterate(args.input_dir))
+    records = [r for r in record_files.iterate(args.input_dir) if not record_files.is_full_data(r)]
     rows = rows_of(records, args.dataset, args.algorithm, args.test_env)
     print("Total records:", len(records))
     for line in listing(rows, args.algorithm, args.test_env):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed import datasets, hparams_registry, input_pipelines, messages, releases
+from domainbed import datasets, hparams_registry, input_pipelines, releases, run_directory
 from domainbed.datasets.archives import ARCHIVES
 from domainbed.datasets.base import MultipleDomainDataset
 from domainbed.lib.misc import known_array
@@ -44,10 +44,12 @@ def main(argv: Sequence[str]) -> int:
         raise BadInput(f"--images {args['images']}: give 1 or more")
     asked = args["dataset"] or [name for name in datasets.DATASETS if args["data_dir"] or _embedded(name)]
     with bad_input():
-        if unknown := [name for name in asked if name not in datasets.DATASETS]:
-            raise NotImplementedError(messages.not_found("dataset", unknown[0], datasets.DATASETS))
+        for name in asked:
+            datasets.get_dataset_class(name)
+        if args["data_dir"] is not None and not Path(args["data_dir"]).is_dir():
+            raise FileNotFoundError(f"--data_dir {args['data_dir']} is no directory; name that of the datasets")
+        run_directory.prepare(args["output_dir"])
         output = Path(args["output_dir"])
-        output.mkdir(parents=True, exist_ok=True)
     for name in asked:
         _save_if_there(name, output, args, needed=args["dataset"] is not None)
     return 0

@@ -142,7 +142,7 @@ def _check_numbers(args: dict[str, Any]) -> None:
             raise ValueError(f"--{name} 0: give 1 or more, or leave it out for the dataset's own")
     if args["steps"] is not None and args["epochs"] is not None:
         raise ValueError(f"--steps {args['steps']} and --epochs {args['epochs']}: give one of them")
-    if max(args["holdout_fraction"], args["uda_holdout_fraction"]) >= 1:
+    if not (args["holdout_fraction"] < 1 and args["uda_holdout_fraction"] < 1):  # NaN is none
         raise ValueError("--holdout_fraction and --uda_holdout_fraction are fractions below 1")
 
 

@@ -29,7 +29,7 @@ from domainbed.evaluation import autocast
 from domainbed.loaders import EVALUATION_BATCH, TrainingLoader, evaluation_batches
 from domainbed.loggers import LoggedRun, Logging
 from domainbed.records import acc_key, full_data_acc_key
-from domainbed.scripts import run_cli, train, train_arguments, train_building
+from domainbed.scripts import BadInput, run_cli, train, train_arguments, train_building
 from domainbed.scripts.train_execution import Execution, Run
 from domainbed.splits import Split
 
@@ -122,7 +122,14 @@ class FirstStage(Execution):
         with autocast(run.device, run.plan.precision):
             schedule = run.algorithm.set_lr(eval_loaders_iid=self.loaders, device=run.device)
         self.rates.schedule = schedule and list(schedule)
-        return None if schedule and schedule[-1] == END else {"lr": learning_rate(run.algorithm)}
+        if not (schedule and schedule[-1] == END):
+            return {"lr": learning_rate(run.algorithm)}
+        if self.progress.step == 0:
+            raise BadInput(
+                f"{run.args['algorithm']}.set_lr ended its search at the first checkpoint, so that there is nothing to "
+                "train; give an lr above 0"
+            )
+        return None
 
     @property
     def recorded_steps(self) -> int:

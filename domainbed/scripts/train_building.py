@@ -227,7 +227,11 @@ def build_unlabeled(
     """
     uda = [split for split in splits if split.kind == "uda"]
     if not uda:
-        raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
+        given = args["uda_holdout_fraction"]
+        raise ValueError(
+            "--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say"
+            + (f" ({given} of each test environment is less than one image)" if given else "")
+        )
     own = {"seed": seed_hash("unlabeled", args["seed"])}  # draws that are not those of the training images
     unbalanced = hparams | {"class_balanced": False}
     return build_loader(uda, "environment", dataset, args | own, unbalanced, len(uda), loader=loader)

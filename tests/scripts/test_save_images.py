@@ -97,3 +97,16 @@ def test_what_can_not_be_done_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="file"):
         save_images.main(["--output_dir", str(tmp_path / "file" / "x"), "--dataset", "Debug28"])
+
+
+def test_a_class_that_was_set_on_the_module_is_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "Mine", datasets.get_dataset_class("Debug28"), raising=False)
+    assert save_images.main(["--dataset", "Mine", "--output_dir", str(tmp_path), "--images", "1"]) == 0
+
+
+def test_places_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="typo is no directory"):
+        save_images.main(["--data_dir", str(tmp_path / "typo"), "--output_dir", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file"):
+        save_images.main(["--dataset", "Debug28", "--output_dir", str(tmp_path / "file")])

@@ -16,7 +16,7 @@ import torch
 from domainbed import algorithms, datasets, interruption, partitions
 from domainbed.algorithms.erm import ERM
 from domainbed.loaders import TrainingLoader
-from domainbed.scripts import BadInput, collect_results, train, train_autolr
+from domainbed.scripts import BadInput, collect_results, list_top_hparams, train, train_autolr
 from domainbed.splits import split_environments, training_splits
 
 HPARAMS = {"backbone": "small_cnn", "batch_size": 4}
@@ -255,3 +255,40 @@ class TestEachOnce:
     def test_balanced_classes_are_drawn_as_ever(self) -> None:
         one, other = (self.loader(kind, 5, class_balanced=True) for kind in (train_autolr.EachOnce, TrainingLoader))
         assert np.array_equal(one.draw(3), other.draw(3))
+
+
+def test_the_second_stage_is_no_row_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(tmp_path / "run")
+    capsys.readouterr()
+    chosen = ["--dataset", "Debug28", "--algorithm", "Stepped", "--test_env", "0"]
+    assert list_top_hparams.main(["--input_dir", str(tmp_path), *chosen]) == 0
+    assert "row:" not in capsys.readouterr().out
+    assert collect_results.main(["--input_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Total records: 4" in printed
+    assert "holdout" not in printed
+    assert not caplog.records
+
+
+def test_explanations_are_those_of_the_joined_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main(tmp_path / "run", "--dataset", "ColoredDigits", "--explain", "4", "--steps", "8")
+    collect_results.main(["--input_dir", str(tmp_path), "--auto_lr"])
+    assert (tmp_path / "explanations.txt").exists()
+    assert "no recorded step" not in caplog.text
+
+
+@pytest.mark.parametrize("freq", ["1", "2"])
+def test_a_search_that_ends_where_it_begins_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freq: str
+) -> None:
+    monkeypatch.setattr(Stepped, "CHANGES", (0, 0))
+    with pytest.raises(BadInput, match="ended its search at the first checkpoint"):
+        main(tmp_path, "--checkpoint_freq", freq)
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_fraction_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="fractions below 1"):
+        main(tmp_path, "--uda_holdout_fraction", "nan")
