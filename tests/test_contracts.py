@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,9 @@ from domainbed.loaders import TrainingLoader
 from domainbed.splits import Split, split_environments, training_splits
 
 EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
+
+
+SWITCH = re.compile("warmup|iters|linear_steps")  # hparams that say after how many updates something changes
 
 
 class StandIn(nn.Module):
@@ -65,7 +69,7 @@ def splits_of(size: int) -> list[Split]:
 def hparams_of(name: str, size: int = 28) -> dict[str, Any]:
     own = {"batch_size": 8, "backbone": "small_cnn"} if size == 28 else {"batch_size": 4, "backbone": "stand_in"}
     hparams = hparams_registry.default_hparams(name, f"Debug{size}") | own
-    return {key: 1 if "warmup" in key and value else value for key, value in hparams.items()}  # and what comes after
+    return {key: 1 if value and SWITCH.search(key) else value for key, value in hparams.items()}  # and what comes after
 
 
 def build(name: str, partition: str, size: int = 28) -> tuple[Any, TrainingLoader]:
@@ -148,9 +152,11 @@ def test_heatmaps_follow_from_what_predict_runs(name: str) -> None:
     with evaluating(algorithm):
         given_logits, heatmaps = explainer.heatmaps(x)
         logits, maps = last_maps(algorithm, x)
+        masks = explainer.mask(x)
     slopes = [torch.autograd.grad(own.max(), maps, retain_graph=True)[0][i] for i, own in enumerate(logits)]
     expected = (torch.stack(slopes).mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu()
     assert expected.any()
+    assert masks is None or masks.shape == (5, 28, 28)
     assert torch.equal(given_logits, logits)
     torch.testing.assert_close(heatmaps, expected.detach(), rtol=1e-4, atol=1e-6)
 

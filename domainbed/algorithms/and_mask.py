@@ -40,10 +40,10 @@ class MaskedERM(ERM):
         return {"loss": torch.stack(risks).mean().item()}
 
     def _masked_mean(self, gradients: Tensor) -> Tensor:
-        mask = self.mask(gradients)
+        mask = self.gradient_mask(gradients)
         return mask * gradients.mean(0) / (mask.mean() + 1e-10)
 
-    def mask(self, gradients: Tensor) -> Tensor:
+    def gradient_mask(self, gradients: Tensor) -> Tensor:
         """Weights in [0, 1] of one parameter's entries (...), from the E minibatches' gradients (E, ...) of it."""
         raise NotImplementedError
 
@@ -71,5 +71,5 @@ class ANDMask(MaskedERM):
     HPARAMS = {"tau": (1.0, lambda r: r.uniform(0.5, 1))}
     CONTROL = {"tau": 0.0}
 
-    def mask(self, gradients: Tensor) -> Tensor:
+    def gradient_mask(self, gradients: Tensor) -> Tensor:
         return (agreement(gradients) >= self.hparams["tau"]).to(gradients.dtype)

@@ -29,7 +29,8 @@ class ARM(ERM):
         Minimization: Learning to Adapt to Domain Shift, NeurIPS 2021, https://arxiv.org/abs/2007.02931, ARM-CML.
     Differs: from DomainBed: the context network is trained, as in the source; there the optimizer does not know it.
         No support spans two minibatches; there those of other sizes than ``batch_size`` share one. As there, the
-        context has a single channel.
+        context has a single channel. By ``group`` a support has one class, so that the context tells the label in
+        training and nothing afterwards: take another partition.
 
     Hparams:
         batch_size: rows of a minibatch and of a support.

@@ -23,7 +23,7 @@ class IGA(ERM):
         frozen or unused are left out, where DomainBed fails.
 
     Hparams:
-        penalty: weight of the gradients' squared distances.
+        penalty: weight of the gradients' squared distances; with the optimizer sgd the default diverges, take less.
     """
 
     HPARAMS = {"penalty": (1000.0, lambda r: 10 ** r.uniform(1, 5))}

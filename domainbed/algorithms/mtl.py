@@ -23,7 +23,8 @@ class MTL(Algorithm):
         Marginal Transfer Learning, JMLR 2021, https://arxiv.org/abs/1711.07910.
     Differs: as DomainBed, mean features of a network stand for the source's kernel mean embedding. From DomainBed: the
         classifier sees m; there it sees normal noise drawn in its place, so predictions are random and say nothing of
-        the domain. A classifier trained there loads, but its weights for m know only noise.
+        the domain. A classifier trained there loads, but its weights for m know only noise. By ``group`` m tells the
+        label in training and nothing afterwards: take another partition.
 
     Hparams:
         mtl_ema: weight of the newest mean in m, in [0, 1]; 1 keeps no memory.

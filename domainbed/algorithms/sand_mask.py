@@ -1,5 +1,6 @@
 """The smoothed AND mask."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from domainbed.algorithms.and_mask import MaskedERM, agreement
 from domainbed.algorithms.base import Minibatches, register
+
+logger = logging.getLogger(__name__)
 
 
 @register
@@ -37,6 +40,8 @@ class SANDMask(MaskedERM):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         if hparams["k"] <= 0:
             raise ValueError(f"hparam k is {hparams['k']!r}; it is a steepness, give a number above 0")
+        if hparams["tau"] == 1:
+            logger.warning("SANDMask with tau 1, DomainBed's default, masks every gradient: nothing is learned")
         self.register_buffer("update_count", torch.tensor([0]))
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
@@ -44,6 +49,6 @@ class SANDMask(MaskedERM):
         self.update_count += 1
         return values
 
-    def mask(self, gradients: Tensor) -> Tensor:
+    def gradient_mask(self, gradients: Tensor) -> Tensor:
         excess = agreement(gradients) - self.hparams["tau"]
         return (self.hparams["k"] * excess / gradients.var(0)).tanh().clamp_min(0).nan_to_num(0)

@@ -36,8 +36,8 @@ def test_updates_equal_written_out_training(build, minibatches, slow_network, ta
 def test_a_hand_made_mask(build):
     gradients = torch.tensor([[1.0, 1.0, -3.0, 0.0], [2.0, -1.0, -1.0, 0.0], [3.0, 4.0, -2.0, 5.0]])
     strict, lax = build("ANDMask", tau=1.0), build("ANDMask", tau=0.3)
-    assert strict.mask(gradients).tolist() == [1, 0, 1, 0]
-    assert lax.mask(gradients).tolist() == [1, 1, 1, 1]
+    assert strict.gradient_mask(gradients).tolist() == [1, 0, 1, 0]
+    assert lax.gradient_mask(gradients).tolist() == [1, 1, 1, 1]
     torch.testing.assert_close(strict._masked_mean(gradients), torch.tensor([4.0, 0, -4, 0]))
 
 

@@ -218,3 +218,10 @@ def test_it_trains_with_lars(build, minibatches):
 
 def test_others_inherit_its_average():
     assert issubclass(algorithms.ERMPlusPlus, ErmPlusPlusMovingAvg)
+
+
+def test_it_predicts_in_evaluation_mode(build, minibatches):
+    erm = build("ERMPlusPlus", mlp_dropout=0.5)
+    erm.update(minibatches)
+    x = minibatches[0][0]
+    assert torch.equal(erm.train().predict(x), erm.eval().predict(x))

@@ -104,3 +104,14 @@ def test_autocast_keeps_the_variances_in_float32(build, minibatches):
 def test_ema_outside_its_range_is_refused(build, ema):
     with pytest.raises(ValueError, match=r"hparam ema is .*; it weighs the past, give a number in \[0, 1\)"):
         build("Fishr", ema=ema)
+
+
+def test_gradients_are_those_of_float32_under_autocast(build):
+    fishr = build("Fishr").float()
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = fishr._gradient_variances(features, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fishr._gradient_variances(features, y)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)

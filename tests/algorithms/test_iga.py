@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 
 def slow_penalty(slow, risks):
@@ -43,3 +44,13 @@ def test_a_large_penalty_brings_the_gradients_together(build, minibatches):
 
 def test_equal_minibatches_have_no_penalty(build, minibatches):
     assert build("IGA").update([minibatches[0]] * 3)["penalty"] == pytest.approx(0, abs=1e-20)
+
+
+def test_frozen_and_unused_parameters_are_left_out(build, minibatches):
+    iga = build("IGA")
+    iga.featurizer.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    iga.featurizer.input.weight.requires_grad_(False)
+    before = iga.featurizer.input.weight.clone()
+    iga.update(minibatches)
+    assert iga.featurizer.unused.tolist() == [1, 1]
+    assert torch.equal(iga.featurizer.input.weight, before)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 
 def slow_variance(features):
@@ -84,3 +85,14 @@ def test_one_row_is_refused(build, minibatches, name):
     x, y = minibatches[0]
     with pytest.raises(ValueError, match=rf"{name} takes .* got the sizes \[1, 6, 5\]; raise batch_size"):
         build(name).update([(x[:1], y[:1]), *minibatches[1:]])
+
+
+def test_the_variance_is_not_rounded_under_autocast(build, minibatches):
+    algorithm = build("IB_ERM").float()
+    torch.manual_seed(0)
+    rounded = [torch.randn(n, 4).bfloat16() for n in (7, 6, 5)]
+    algorithm.featurizer = nn.Identity()
+    expected = sum(part.float().var(0).mean() for part in rounded).item() / 3
+    with torch.autocast("cpu", torch.bfloat16):
+        _, bottleneck, _ = algorithm._terms([(f, y) for f, (_, y) in zip(rounded, minibatches, strict=True)])
+    assert bottleneck.item() == pytest.approx(expected, rel=1e-6)

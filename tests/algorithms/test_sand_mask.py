@@ -38,14 +38,14 @@ def test_updates_equal_written_out_training(build, minibatches, slow_network):
 
 def test_a_hand_made_mask(build):
     gradients = torch.tensor([[1.0, 1.0, -2.0, 0.0], [3.0, -1.0, -2.0, 0.0]], dtype=torch.float64)
-    mask = build("SANDMask", tau=0.5, k=2.0).mask(gradients)
+    mask = build("SANDMask", tau=0.5, k=2.0).gradient_mask(gradients)
     assert mask.tolist() == pytest.approx([math.tanh(2 * 0.5 / 2), 0, 1, 0])  # agree; opposed; equal; dead
 
 
 def test_equal_gradients_at_the_limit_are_masked(build):
     gradients = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    assert build("SANDMask", tau=1.0).mask(gradients).tolist() == [0, 0]
-    assert build("SANDMask", tau=0.0).mask(gradients).tolist() == [1, 0]
+    assert build("SANDMask", tau=1.0).gradient_mask(gradients).tolist() == [0, 0]
+    assert build("SANDMask", tau=0.0).gradient_mask(gradients).tolist() == [1, 0]
 
 
 def test_at_tau_one_nothing_is_learned_and_below_it_is(build, minibatches):
@@ -69,3 +69,10 @@ def test_the_mask_changes_the_weights(build, minibatches):
 def test_a_steepness_of_zero_is_refused(build):
     with pytest.raises(ValueError, match=r"hparam k is 0.0; it is a steepness, give a number above 0"):
         build("SANDMask", k=0.0)
+
+
+def test_the_default_that_masks_everything_is_warned_of(build, caplog):
+    build("SANDMask", tau=0.5)
+    assert not caplog.messages
+    build("SANDMask")
+    assert caplog.messages == ["SANDMask with tau 1, DomainBed's default, masks every gradient: nothing is learned"]

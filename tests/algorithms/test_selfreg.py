@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 
 def slow_batch_norm(x, gamma, beta):
@@ -111,3 +112,9 @@ def test_one_image_is_refused(build, minibatches):
     x, y = minibatches[0]
     with pytest.raises(ValueError, match="needs 2; got 1; raise batch_size"):
         build("SelfReg").update([(x[:1], y[:1])])
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(2048, 2048), (8, 16)])
+def test_hidden_width_of_the_projection(build, width, hidden):
+    cdpl = build("SelfReg", mlp_width=width).cdpl
+    assert [layer.out_features for layer in cdpl if isinstance(layer, nn.Linear)] == [hidden, hidden, width]

@@ -120,3 +120,17 @@ def test_a_game_without_moves_is_refused(build, given, least):
 def test_one_minibatch_is_refused():
     with pytest.raises(ValueError, match="Transfer compares at least 2 minibatches, this partition has 1"):
         algorithms.Transfer.from_task(algorithms.base.Task((5,), 3, 1), {})
+
+
+def test_the_adversary_begins_at_the_classifier(build):
+    transfer = build("Transfer")
+    pairs = zip(transfer.adv_classifier.parameters(), transfer.classifier.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_the_gap_is_not_rounded_under_autocast(build, minibatches):
+    transfer = build("Transfer").float()
+    features, labels = [torch.randn(7, 4), torch.randn(6, 4)], [y for _, y in minibatches[:2]]
+    expected = transfer._gap(features, labels).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert transfer._gap(features, labels).item() == pytest.approx(expected, rel=1e-6)
