@@ -166,6 +166,7 @@ def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
 
     Hparams:
         backbone: a name in ``BACKBONES``, "timm:NAME" or "torchvision:NAME"; without it the shape decides.
+        resnet18: a ResNet-18 also for a shape that has no featurizer of its own.
 
     Raises:
         NotImplementedError: no backbone of that name, or no featurizer for that shape.
@@ -176,6 +177,8 @@ def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
     if len(input_shape) == 1:
         return MLP(input_shape[0], hparams["mlp_width"], hparams)
     size = tuple(input_shape[1:])
+    if size not in _FEATURIZER_BY_SIZE and hparams.get("resnet18", False):
+        return ResNet(input_shape, hparams)
     if size not in _FEATURIZER_BY_SIZE:
         known = ", ".join(f"{height} x {width}" for height, width in _FEATURIZER_BY_SIZE)
         raise NotImplementedError(

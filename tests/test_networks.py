@@ -120,6 +120,13 @@ def test_small_cnn_costs_at_most_8_mflop(pixels, map_size):
     assert counter.get_total_flops() == 2 * by_hand <= 8_000_000
 
 
+def test_resnet18_is_enough_at_any_size():
+    featurizer = networks.Featurizer(
+        (3, 64, 64), {"resnet18": True, "pretrained": False, "resnet_dropout": 0.0, "freeze_bn": False}
+    )
+    assert featurizer(torch.rand(2, 3, 64, 64)).shape == (2, 512)
+
+
 def test_unsupported_size_names_the_way_out():
     with pytest.raises(
         NotImplementedError, match=r"\(3, 64, 64\).*28 x 28, 32 x 32, 224 x 224.*backbone.*small_cnn.*timm:"

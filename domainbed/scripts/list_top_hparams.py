@@ -66,7 +66,7 @@ def rows_of(records: Sequence[Record], dataset: str, algorithm: str, test_env: i
     elif algorithm in algorithms:
         names = [algorithm]
     else:
-        raise BadInput(not_found("algorithm", algorithm, dict.fromkeys([*algorithms.values(), *algorithms])))
+        raise BadInput(not_found("algorithm", algorithm, sorted({*algorithms.values(), *algorithms})))
     tested = {name: [r for r in renamed if r["args"]["algorithm"] == name] for name in names}
     tested = {name: [r for r in some if test_env in r["args"]["test_envs"]] for name, some in tested.items()}
     alone = {name: Q(some) for name, some in tested.items() if any(len(r["args"]["test_envs"]) == 1 for r in some)}
