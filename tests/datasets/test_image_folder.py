@@ -13,7 +13,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from domainbed import datasets, hparams_registry, partitions, registry
-from domainbed.datasets.image_folder import InDistribution, MultipleEnvironmentImageFolder, NamedImageFolder
+from domainbed.datasets.image_folder import MultipleEnvironmentImageFolder, NamedImageFolder
+from domainbed.datasets.in_distribution import InDistribution
 from domainbed.loaders import TrainingLoader, evaluation_batches
 from domainbed.splits import split_environments, training_splits
 
