@@ -150,7 +150,8 @@ def protocol_notes(found: Iterable[Run]) -> list[str]:
     single = [run for run in found if (run.row, run.cell) not in searched]
     notes = [f"the best of {_span(several)} draws of the hparams per trial (search)"] if several else []
     if single:
-        notes.append(f"one draw of the hparams, {' or '.join(_seeds(single))} (fixed or refit)")
+        kind = "fixed, refit, or a search that is not finished" if several else "fixed or refit"
+        notes.append(f"one draw of the hparams, {' or '.join(_seeds(single))} ({kind})")
     return [f"Protocol: {'; for other lines '.join(notes)}."] if notes else []
 
 

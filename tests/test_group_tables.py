@@ -227,7 +227,9 @@ class TestProtocol:
     def test_both(self):
         runs = [*({"hparams_seed": draw} for draw in range(20)), {"algorithm": "IRM"}]
         expected = "Protocol: the best of 20 draws of the hparams per trial (search); for other lines "
-        assert self.notes(*runs) == [f"{expected}one draw of the hparams, seed 0 (fixed or refit)."]
+        assert self.notes(*runs) == [
+            f"{expected}one draw of the hparams, seed 0 (fixed, refit, or a search that is not finished)."
+        ]
 
     def test_a_running_search_is_one_line_though_a_trial_has_a_single_draw_yet(self):
         runs = [{"hparams_seed": draw, "trial_seed": trial} for trial, n in enumerate((5, 5, 1)) for draw in range(n)]
@@ -244,7 +246,9 @@ class TestProtocol:
     def test_a_line_searched_on_one_dataset_and_fixed_on_another(self):
         runs = [*({"hparams_seed": draw} for draw in range(3)), {"dataset": "Dogs", "seed": 7}]
         expected = "Protocol: the best of 3 draws of the hparams per trial (search); for other lines "
-        assert self.notes(*runs) == [f"{expected}one draw of the hparams, seed 7 (fixed or refit)."]
+        assert self.notes(*runs) == [
+            f"{expected}one draw of the hparams, seed 7 (fixed, refit, or a search that is not finished)."
+        ]
 
     def test_none(self):
         assert self.notes() == []
