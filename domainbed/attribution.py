@@ -29,8 +29,8 @@ class Method(Protocol):
 
     ``heatmap_ip = ReLU(sum_k weight_ikp maps_ikp)``, the weights being the method's function of the maps and of
     ``gradient_ikp = d score_i / d maps_ikp``. All images share one backward pass, from the sum of the scores; that is
-    exact as long as nothing after the layer mixes images (batch norm before it may). With the policy "none" it is exact
-    in any case: an image's weights follow from its own score, whatever its maps do to the others' (``own_gradient``).
+    exact as long as nothing after the layer mixes images (batch norm before it may). Where something does,
+    ``own_gradient`` gives the gradient.
 
     Args:
         maps: (B, C, h, w), output of the layer, still in the graph that leads to ``score``.
@@ -77,7 +77,7 @@ def method(weights: Weights) -> Method:
     ) -> Tensor:
         _check(maps, score, policy, gradient)
         if gradient is None:
-            gradient = _gradient(maps, score, policy)
+            gradient = _slope(maps, score.sum(), policy == "full")
         with torch.autocast(maps.device.type, enabled=False):  # which would round products
             maps, gradient = maps.float(), gradient.float()
             factors = weights(maps, gradient) if policy == "full" else weights(maps.detach(), gradient.detach())
@@ -103,18 +103,13 @@ def _check(maps: Tensor, score: Tensor, policy: str, gradient: Tensor | None) ->
         raise ValueError(f"gradient {tuple(gradient.shape)} does not fit maps {tuple(maps.shape)}; give the same shape")
 
 
-def _gradient(maps: Tensor, score: Tensor, policy: str) -> Tensor:
-    if policy == "none":
-        return own_gradient(maps, score)
-    return _slope(maps, score.sum(), policy == "full")
-
-
 def own_gradient(maps: Tensor, score: Tensor) -> Tensor:
     """``d score_i / d maps_ikp`` (B, C, h, w), also where an image's score depends on the other images' maps.
 
     It costs two backward passes, one of every other image; if it turns out that they reach the maps of the images in
-    between, one for each image.
+    between, one for each image. Too much for each step of a training.
     """
+    _check(maps, score, "none", None)
     even, odd = (_slope(maps, score[first::2].sum()) for first in (0, 1))
     if not even[1::2].any() and not odd[0::2].any():
         return even + odd
@@ -266,7 +261,8 @@ def explain(
         x: (B, C', H, W).
         target: (B,) int64, the class to explain (see ``target_logit``); None: the predicted one.
         method: a name in ``METHODS`` or ``EVALUATION_METHODS``.
-        policy: what a loss on the heatmaps can change (see ``Method``). With "none" gradients may be disabled.
+        policy: what a loss on the heatmaps can change (see ``Method``). With "none" gradients may be disabled; an
+            image's weights then follow from its own score, whatever its maps do to the others' (``own_gradient``).
         relu: keep only what speaks for the target.
         linear: the network's last layer, if the logits are this layer of the averages of the maps
             (``has_linear_head``): the gradient is then its weights, without a backward pass. While dropout is active
@@ -289,7 +285,7 @@ def explain(
         with differentiable(policy):
             logits = network(x)
         linear = None if has_active_dropout(network) else linear
-        found = heatmaps(seen.maps, logits, target, method, policy, relu, linear)
+        found = heatmaps(seen.maps, logits, target, method, policy, relu, linear, own=not trained)
     return logits if trained else logits.detach(), found
 
 
@@ -301,6 +297,7 @@ def heatmaps(
     policy: str = "constant",
     relu: bool = True,
     linear: nn.Linear | None = None,
+    own: bool = False,
 ) -> Tensor:
     """Heatmaps (B, h, w) by a method that can be trained, from the maps and logits of a forward pass that is done.
 
@@ -308,12 +305,17 @@ def heatmaps(
         maps: (B, C, h, w), in the graph that leads to the logits.
         logits: (B, K).
         linear: the layer that makes the logits of the maps' averages, if one does, with no active dropout between.
+        own: take ``own_gradient``, which a loss on the heatmaps does not reach.
 
     The rest is as in ``explain``.
     """
     target = predicted_labels(logits) if target is None else target
-    gradient = None if linear is None else read_off_gradient(linear, target, maps)
-    return METHODS[method](maps, target_logit(logits, target), policy=policy, relu=relu, gradient=gradient)
+    score, gradient = target_logit(logits, target), None
+    if linear is not None:
+        gradient = read_off_gradient(linear, target, maps)
+    elif own:
+        gradient = own_gradient(maps, score)
+    return METHODS[method](maps, score, policy=policy, relu=relu, gradient=gradient)
 
 
 def differentiable(policy: str) -> AbstractContextManager[Any]:
