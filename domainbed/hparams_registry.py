@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from domainbed import algorithms, messages, registry
-from domainbed.algorithms.base import HparamsEntry, learning_rate, weight_decay
+from domainbed.algorithms.base import HparamsEntry, batch_size, learning_rate, weight_decay
 from domainbed.overrides import Draw
 from domainbed.seeding import seed_hash
 
@@ -69,9 +69,7 @@ SHARED: dict[str, HparamsEntry] = {
     "nonlinear_classifier": _constant(False),
     "lr": learning_rate,
     "weight_decay": weight_decay,
-    "batch_size": lambda dataset: (
-        (64, lambda r: int(2 ** r.uniform(3, 9))) if dataset.small else (32, lambda r: int(2 ** r.uniform(3, 5.5)))
-    ),
+    "batch_size": batch_size,
 }
 
 

@@ -177,9 +177,9 @@ def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> Any:
     if len(input_shape) == 1:
         return MLP(input_shape[0], hparams["mlp_width"], hparams)
     size = tuple(input_shape[1:])
-    if size not in _FEATURIZER_BY_SIZE and hparams.get("resnet18", False):
-        return ResNet(input_shape, hparams)
     if size not in _FEATURIZER_BY_SIZE:
+        if hparams.get("resnet18", False):
+            return ResNet(input_shape, hparams)
         known = ", ".join(f"{height} x {width}" for height, width in _FEATURIZER_BY_SIZE)
         raise NotImplementedError(
             f"no featurizer for input of shape {tuple(input_shape)}; image sizes with one: {known}; resize the images "

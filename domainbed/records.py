@@ -67,14 +67,17 @@ def training_count_key(group: int) -> str:
     return f"train_g{group}_n"
 
 
+FULL_DATA = "fd_"  # begins the keys of the second stage of ``train_autolr``, which trains on all images
+
+
 def full_data_acc_key(env: int) -> str:
     """Accuracy of an environment's in-split after a second stage that trains on everything (train_autolr)."""
-    return f"fd_{acc_key(env, 'in')}"
+    return FULL_DATA + acc_key(env, "in")
 
 
 def is_full_data(keys: Iterable[str]) -> bool:
     """Whether these are a record's of such a second stage, which only ``collect_results --auto_lr`` reads."""
-    return any(key.startswith("fd_env") for key in keys)
+    return any(key.startswith(f"{FULL_DATA}env") for key in keys)
 
 
 def is_group_key(key: str) -> bool:

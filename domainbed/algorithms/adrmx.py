@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, learning_rate, make_optimizer, register
+from domainbed.algorithms.base import (
+    Algorithm,
+    Minibatches,
+    concatenate,
+    descend,
+    learning_rate,
+    make_optimizer,
+    part_numbers,
+    register,
+)
 from domainbed.lib.supervised_contrast import SupConLossLambda
 
 
@@ -89,27 +98,21 @@ class ADRMX(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         self.update_count += 1
         x, y = concatenate(minibatches)
-        parts = torch.cat([torch.full_like(labels, e) for e, (_, labels) in enumerate(minibatches)])
+        parts = part_numbers(minibatches)
         disc_steps = self.hparams["d_steps_per_g_step"]
         if int(self.update_count) % (1 + disc_steps) < disc_steps:
             with torch.no_grad():
                 invariant = self.featurizer_label(x) - self.featurizer_domain(x)
             disc_loss = F.cross_entropy(self.discriminator(invariant), parts)
-            self._step(self.disc_opt, disc_loss)
+            descend(disc_loss, self.disc_opt)
             return {"loss_disc": disc_loss.item()}
         losses = self._losses(x, y, parts)
         weight = {name: self.hparams[f"{name}_lambda"] for name in ("cnt", "dclf", "rmxd", "disc")}
         total = losses["loss_clf_int"] + losses["loss_clf_fin"] + weight["dclf"] * losses["loss_dmn"]
         total = total + weight["cnt"] * (losses["loss_cnt_int"] + losses["loss_cnt_final"])
         total = total + weight["rmxd"] * losses["loss_remixed"] - weight["disc"] * losses["loss_disc"]
-        self._step(self.opt, total)
+        descend(total, self.opt)
         return {"loss_total": total.item()} | {name: loss.item() for name, loss in losses.items()}
-
-    @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
     def _losses(self, x: Tensor, y: Tensor, parts: Tensor) -> dict[str, Tensor]:
         """The terms of the loss, unweighted, of images x with labels y from the minibatches parts (N,)."""

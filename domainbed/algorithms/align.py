@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed.algorithms.base import Minibatches, Task, concatenate, make_optimizer, masks, register
+from domainbed.algorithms.base import Minibatches, Task, concatenate, descend, make_optimizer, masks, register
 from domainbed.algorithms.dre import DRE
 from domainbed.algorithms.explained import check_not_negative, map_layer, report_warmup
 from domainbed.feature_maps import capture, evaluating
@@ -186,9 +186,7 @@ class ALIGN(MaskGuided):
         for _ in range(self.hparams["masker_steps"]):
             with frozen(self.network):
                 loss, values = self.masker_loss(x, y)
-            self.masker_optimizer.zero_grad()
-            loss.backward()
-            self.masker_optimizer.step()
+            descend(loss, self.masker_optimizer)
         return values
 
     def masker_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed import networks
-from domainbed.algorithms.base import Minibatches, concatenate, register
+from domainbed.algorithms.base import Minibatches, batch_size, concatenate, register
 from domainbed.algorithms.erm import ERM
 
 
 def _batch_size(dataset: Any) -> tuple[int, Any]:
     """Default and range of the rows of a minibatch, which are its support: 8 large images, as DomainBed."""
-    return (64, lambda r: int(2 ** r.uniform(3, 9))) if dataset.small else (8, lambda r: 8)
+    return batch_size(dataset) if dataset.small else (8, lambda r: 8)
 
 
 @register

@@ -156,6 +156,13 @@ def learning_rate(dataset: Any) -> tuple[float, Callable[[Any], float]]:
     return 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
 
 
+def batch_size(dataset: Any) -> tuple[int, Callable[[Any], int]]:
+    """DomainBed's default and range of the rows of a minibatch."""
+    if dataset.small:
+        return 64, lambda r: int(2 ** r.uniform(3, 9))
+    return 32, lambda r: int(2 ** r.uniform(3, 5.5))
+
+
 def weight_decay(dataset: Any) -> tuple[float, Callable[[Any], float]]:
     """DomainBed's default and range of a weight decay."""
     if dataset.small:
@@ -168,6 +175,20 @@ def build(algorithm_class: Any, task: Task, hparams: dict[str, Any]) -> Any:
     if hasattr(algorithm_class, "from_task"):
         return algorithm_class.from_task(task, hparams)
     return algorithm_class(task.input_shape, task.num_classes, task.num_domains, hparams)
+
+
+def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    """One step of each optimizer down the gradient of a scalar loss."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def part_numbers(minibatches: Minibatches) -> Tensor:
+    """For each image of a step, in the order of ``concatenate``, the number of its minibatch; (sum of B,) int64."""
+    return torch.cat([torch.full_like(y, number) for number, (_, y) in enumerate(minibatches)])
 
 
 def concatenate(minibatches: Minibatches) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import (
+    Algorithm,
+    Minibatches,
+    concatenate,
+    descend,
+    make_optimizer,
+    part_numbers,
+    register,
+)
 
 BASE_TEMPERATURE = 0.07
 
@@ -70,14 +78,12 @@ class AbstractCAD(Algorithm):
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
-        parts = torch.cat([torch.full_like(labels, e) for e, (_, labels) in enumerate(minibatches)])
+        parts = part_numbers(minibatches)
         features = self.featurizer(x)
         bottleneck = self.bn_loss(features, y, parts)
         risk = F.cross_entropy(self.classifier(features), y)
         loss = risk + self.hparams["lmbda"] * bottleneck
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         return {"clf_loss": risk.item(), "bn_loss": bottleneck.item(), "total_loss": loss.item()}
 
     def bn_loss(self, z: Tensor, y: Tensor, dom_labels: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from domainbed.algorithms.base import (
     Algorithm,
     Minibatches,
     concatenate,
+    descend,
     learning_rate,
     make_optimizer,
+    part_numbers,
     register,
     weight_decay,
 )
@@ -92,25 +94,19 @@ class AbstractDANN(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         self.update_count += 1
         x, y = concatenate(minibatches)
-        parts = torch.cat([torch.full_like(labels, e) for e, (_, labels) in enumerate(minibatches)])
+        parts = part_numbers(minibatches)
         disc_steps = self.hparams["d_steps_per_g_step"]
         if int(self.update_count) % (1 + disc_steps) < disc_steps:
             with torch.no_grad():  # the discriminator's step leaves the featurizer alone
                 features = self.featurizer(x)
             loss = self._disc_loss(features.detach().requires_grad_(), y, parts)  # its penalty differentiates by them
-            self._step(self.disc_opt, loss)
+            descend(loss, self.disc_opt)
             return {"disc_loss": loss.item()}
         features = self.featurizer(x)
         risk = F.cross_entropy(self.classifier(features), y)
         loss = risk - self.hparams["lambda"] * self._disc_loss(features, y, parts)
-        self._step(self.gen_opt, loss)
+        descend(loss, self.gen_opt)
         return {"gen_loss": loss.item()}
-
-    @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
     def _disc_loss(self, features: Tensor, y: Tensor, parts: Tensor) -> Tensor:
         """Scalar loss of the discriminator on features (N, D) with labels y (N,) from the minibatches parts (N,)."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, descend, make_optimizer, register
 
 
 @register
@@ -39,9 +39,7 @@ class ERM(Algorithm):
 
     def step(self, loss: Tensor) -> None:
         """Takes one optimizer step down the gradient of a scalar loss."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)

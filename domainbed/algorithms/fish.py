@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, descend, make_optimizer, register
 from domainbed.lib.misc import ParamDict
 
 
@@ -63,9 +63,7 @@ class Fish(Algorithm):
         self.create_clone(minibatches[0][0].device)
         for x, y in minibatches:
             loss = F.cross_entropy(self.network_inner(x), y)
-            self.optimizer_inner.zero_grad()
-            loss.backward()
-            self.optimizer_inner.step()
+            descend(loss, self.optimizer_inner)
         moved = self.fish(self.network.state_dict(), self.network_inner.state_dict(), self.hparams["meta_lr"])
         self.network.reset_weights(moved)
         return {"loss": loss.item()}

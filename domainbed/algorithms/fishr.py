@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, descend, make_optimizer, register
 from domainbed.lib.misc import MovingAverage, l2_between_dicts
 
 
@@ -64,9 +64,7 @@ class Fishr(Algorithm):
         nll = F.cross_entropy(self.classifier(features), y)
         penalty = self._penalty(features, y, [len(labels) for _, labels in minibatches])
         loss = nll + self._penalty_weight() * penalty
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         self.update_count += 1
         return {"loss": loss.item(), "nll": nll.item(), "penalty": penalty.item()}
 

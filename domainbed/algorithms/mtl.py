@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, descend, make_optimizer, register
 
 
 @register
@@ -48,9 +48,7 @@ class MTL(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         risks = [F.cross_entropy(self.predict(x, env), y) for env, (x, y) in enumerate(minibatches)]
         loss = torch.stack(risks).sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         return {"loss": loss.item()}
 
     def predict(self, x: Tensor, env: int | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed.algorithms.base import Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Minibatches, batch_size, concatenate, make_optimizer, register
 from domainbed.algorithms.erm import ERM
 
 GAMMAS = (1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)  # from wide to narrow kernels
@@ -15,7 +15,7 @@ GAMMAS = (1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)  # from wide to narrow kerne
 
 def _batch_size(dataset: Any) -> tuple[int, Callable[[Any], int]]:
     if dataset.small:
-        return 64, lambda r: int(2 ** r.uniform(3, 9))
+        return batch_size(dataset)
     if dataset.name in ("DomainNet", "TerraIncognita"):
         return 40, lambda r: int(r.uniform(30, 60))
     return 88, lambda r: int(r.uniform(70, 100))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, descend, make_optimizer, register
 
 
 @register
@@ -89,23 +89,14 @@ class SagNet(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
         loss_c = F.cross_entropy(self.forward_c(x), y)
-        _step(loss_c, self.optimizer_f, self.optimizer_c)
+        descend(loss_c, self.optimizer_f, self.optimizer_c)
         loss_s = F.cross_entropy(self.forward_s(x), y)
-        _step(loss_s, self.optimizer_s)
+        descend(loss_s, self.optimizer_s)
         scores = self.forward_s(x)
         uniform = torch.full_like(scores, 1 / scores.shape[1])
         loss_adv = self.hparams["sag_w_adv"] * F.cross_entropy(scores, uniform)
-        _step(loss_adv, self.optimizer_f)
+        descend(loss_adv, self.optimizer_f)
         return {"loss_c": loss_c.item(), "loss_s": loss_s.item(), "loss_adv": loss_adv.item()}
 
     def predict(self, x: Tensor) -> Tensor:
         return self.network_c(self.network_f(x))
-
-
-def _step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    """One step of some optimizers down the gradient of a scalar loss."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()

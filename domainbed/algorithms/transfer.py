@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, descend, make_optimizer, register
 from domainbed.lib.misc import proj
 
 PLAIN_SGD = {"optimizer": "sgd", "momentum": 0.0}
@@ -74,19 +74,19 @@ class Transfer(Algorithm):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
         loss = F.cross_entropy(self.predict(x), y)
-        self._step(self.optimizer, loss)
+        descend(loss, self.optimizer)
         return {"loss": loss.item(), "gap": self._lower_gap(minibatches) if self.hparams["t_lambda"] else 0.0}
 
     def _lower_gap(self, minibatches: Minibatches) -> float:
         """The featurizer's step and the adversary's; returns the gap before the last of these."""
         labels = [y for _, y in minibatches]
-        self._step(self.optimizer, self._gap([self.featurizer(x) for x, _ in minibatches], labels))
+        descend(self._gap([self.featurizer(x) for x, _ in minibatches], labels), self.optimizer)
         self.adv_classifier.load_state_dict(self.classifier.state_dict())
         for _ in range(self.hparams["d_steps_per_g"]):
             with torch.no_grad():  # anew in each step, since batch statistics follow and dropout draws
                 features = [self.featurizer(x) for x, _ in minibatches]
             gap = self._gap(features, labels)
-            self._step(self.adv_opt, -gap)
+            descend(-gap, self.adv_opt)
             proj(self.hparams["delta"], self.adv_classifier, self.classifier)
         return gap.item()
 
@@ -99,12 +99,6 @@ class Transfer(Algorithm):
             ]
         risk = torch.stack(risks)
         return self.hparams["t_lambda"] * (risk.max(0).values - risk.min(0).values)
-
-    @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
     def predict(self, x: Tensor) -> Tensor:
         return self.classifier(self.featurizer(x))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Algorithm, Minibatches, concatenate, descend, make_optimizer, register
 
 HEAD_STEPS, HEAD_LR = 30, 0.1
 TERMS, LARGEST = 10, 10.0  # of the series for the inverse Hessian: most terms after the first, largest entry
@@ -85,16 +85,9 @@ class TRM(Algorithm):
             with torch.autocast(x.device.type, enabled=False):
                 features = features.to(self.alpha.dtype)
                 transfer = self._transfer_risk(features.split(sizes), y.split(sizes))
-        self._step(nll + transfer)
-        return {"nll": nll.item(), "trm_loss": transfer.item()}
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimizer_f.zero_grad()
-        self.optimizer_c.zero_grad()
-        loss.backward()
-        self.optimizer_f.step()
-        self.optimizer_c.step()
+        descend(nll + transfer, self.optimizer_f, self.optimizer_c)
         self.update_count += 1
+        return {"nll": nll.item(), "trm_loss": transfer.item()}
 
     def _transfer_risk(self, features: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """Mean transfer of the minibatches with features (B, D) and labels (B,); moves the heads and alpha."""
@@ -103,9 +96,7 @@ class TRM(Algorithm):
                 head.weight.data.copy_(self.classifier.weight.data)
         for head, optimizer, f, y in zip(self.clist, self.olist, features, labels, strict=True):
             for _ in range(HEAD_STEPS):
-                optimizer.zero_grad()
-                F.cross_entropy(head(f.detach()), y).backward()
-                optimizer.step()
+                descend(F.cross_entropy(head(f.detach()), y), optimizer)
         return torch.stack([self._transfer(q, features, labels) for q in range(len(features))]).mean()
 
     def _transfer(self, q: int, features: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed import networks
-from domainbed.algorithms.base import Algorithm, Task, learning_rate, make_optimizer, weight_decay
+from domainbed.algorithms.base import Algorithm, Task, descend, learning_rate, make_optimizer, weight_decay
 from domainbed.algorithms.explained import MAP_HPARAMS, check_choices, map_layer, require_maps
 from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
 from domainbed.branches import Branch, trunk_output
@@ -146,11 +146,7 @@ class TwoNetworks(Algorithm):
 
     def step(self, loss: Tensor) -> None:
         """Takes one step of each network's optimizer down the gradient of a scalar loss."""
-        self.optimizer.zero_grad()
-        self.confounder_optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.confounder_optimizer.step()
+        descend(loss, self.optimizer, self.confounder_optimizer)
 
     def predict(self, x: Tensor) -> Tensor:
         return self.network(x)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed.algorithms.base import Minibatches, concatenate, make_optimizer, register
+from domainbed.algorithms.base import Minibatches, concatenate, descend, make_optimizer, register
 from domainbed.algorithms.erm import ERM
 
 OUTPUTS: dict[str, tuple[type[nn.Module], float]] = {  # activation, and the least value of its uniform noise
@@ -97,9 +97,7 @@ class URM(ERM):
         of_noise, of_features = self.discriminator(noise).squeeze(1), self.discriminator(features).squeeze(1)
         ones, zeros = self._targets(of_noise)
         loss = _bce(of_noise, ones) + self.hparams["urm_adv_lambda"] * _bce(of_features, zeros)
-        self.discriminator_opt.zero_grad()
-        loss.backward()
-        self.discriminator_opt.step()
+        descend(loss, self.discriminator_opt)
 
     def _targets(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Targets (N,) for noise and for features, of the logits' kind."""

@@ -18,6 +18,7 @@ from domainbed.lib.query import Q
 from domainbed.paper_tables import paper_tables
 from domainbed.per_group_tables import per_group_tables
 from domainbed.rank_tables import rank_tables
+from domainbed.records import FULL_DATA
 from domainbed.run_index import Collected
 from domainbed.screening_tables import screening_tables
 from domainbed.scripts import BadInput, bad_input, run_cli
@@ -99,7 +100,7 @@ def _without_holdout(record: Record) -> Any:
 def with_full_data(record: Record) -> dict[str, Any] | None:
     """A merged record whose test environments' in-splits are as the second stage measured them; None without one."""
     starts = tuple(f"env{env}_in_" for env in record["args"]["test_envs"])
-    second = {key.removeprefix("fd_"): value for key, value in record.items() if key.startswith("fd_")}
+    second = {k.removeprefix(FULL_DATA): v for k, v in record.items() if k.startswith(FULL_DATA)}
     second = {key: value for key, value in second.items() if key.startswith(starts)}
     return {k: v for k, v in record.items() if not k.startswith(starts)} | second if second else None
 

@@ -28,13 +28,12 @@ from domainbed.datasets.base import Integers
 from domainbed.evaluation import autocast
 from domainbed.loaders import EVALUATION_BATCH, TrainingLoader, evaluation_batches
 from domainbed.loggers import LoggedRun, Logging
-from domainbed.records import acc_key, full_data_acc_key
+from domainbed.records import FULL_DATA
 from domainbed.scripts import BadInput, run_cli, train, train_arguments, train_building
 from domainbed.scripts.train_execution import Execution, Run
 from domainbed.splits import Split
 
 END = [0.0]  # the last entry of a schedule that is complete
-PREFIX = full_data_acc_key(0).removesuffix(acc_key(0, "in"))
 SECOND = "second_stage"  # in its snapshots
 
 
@@ -176,7 +175,7 @@ class SecondStage(Execution):
         return super().identity() | {"args": self.args, SECOND: self.length}
 
     def named(self, record: dict[str, Any]) -> dict[str, Any]:
-        return {f"{PREFIX}{key}" if key.startswith("env") else key: value for key, value in record.items()}
+        return {f"{FULL_DATA}{key}" if key.startswith("env") else key: value for key, value in record.items()}
 
 
 def learning_rate(algorithm: Any) -> float:
