@@ -31,12 +31,14 @@ class Examples:
         c: confounder values in [0, V); -1 where the annotation budget hides them.
         e: environments.
         num_confounders: V; 1 where no confounder is known.
+        seed: of partitions that leave some examples out.
     """
 
     labels: Callable[[], Integers]
     c: Integers
     e: Integers
     num_confounders: int
+    seed: int = 0
 
     @functools.cached_property
     def y(self) -> Integers:

@@ -24,6 +24,7 @@ class Split:
         keys: (N,) the examples' positions in it.
         number: the number in its record keys: e, but DomainBed counts the uda-splits from 0.
         annotated: (N,) whether training may know the example's confounder; None: of all.
+        inferred: (N,) what stands for the confounders in training, where nobody annotated them.
     """
 
     env: int
@@ -32,6 +33,7 @@ class Split:
     keys: Integers
     number: int
     annotated: NDArray[np.bool_] | None = None
+    inferred: Integers | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -44,7 +46,7 @@ class Split:
     @property
     def c(self) -> Integers:
         """The confounder values (N,) that training may know; -1 where they are not annotated."""
-        known = confounders(self.environment)[self.keys]
+        known = confounders(self.environment)[self.keys] if self.inferred is None else self.inferred
         return known if self.annotated is None else np.where(self.annotated, known, -1)
 
     def only_annotated(self) -> "Split":

@@ -23,7 +23,7 @@ LAYERS = [
     ["downloading", "unpacking"], ["releases"],
     ["interruption"],
     ["datasets"], ["mask_files"], ["splits"], ["partitions"], ["loaders"], ["notices"], ["backbones"], ["networks"],
-    ["feature_maps"], ["branches"], ["attribution"], ["masking"], ["similarities"], ["maskers"],
+    ["feature_maps"], ["branches"], ["attribution"], ["masking"], ["similarities"], ["maskers"], ["stages"],
     ["algorithms", "algorithms_ex2l"], ["hparams_registry"],
     ["explainers", "subsets", "explanation_metrics", "feature_scores"], ["evaluation", "features"],
     ["records"], ["loggers"], ["explanation_records"], ["cards"],

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from domainbed.registry import Registry
+from domainbed.stages import Stage, StageData
 
 DOMAINBED_ORDER = (
     "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN", "CDANN", "MTL",
@@ -17,7 +20,9 @@ DOMAINBED_ORDER = (
 OWN_ORDER = (
     "EX2L_MAE", "EX2L_MSE", "EX2L_RMSE", "EX2L_SoftIoU", "EX2L_KL", "EX2L_JSDivergence", "EX2L_JSDistance",
     "EX2L_Cosine", "EX2L_NCC", "EX2L_SSIM", "EX2L_SoftDice", "ALIGN", "ALIGN_NoGuidance", "ALIGN_GrayMask",
-    "ALIGN_GivenMask", "DRE", "SGT", "RRR", "RRR_Confounder", "GRADIA", "CARE",
+    "ALIGN_GivenMask", "DRE", "SGT", "RRR", "RRR_Confounder", "GRADIA", "CARE", "RWG", "RWY", "SUBG", "SUBY",
+    "ReWeight", "CVaR_DRO", "LfF", "LISA", "InBatchMixup", "CDAN", "MMD_GivenLabel", "CORAL_GivenLabel", "JTT", "CRT",
+    "ReWeightCRT", "DFR", "DFR_Training",
 )  # fmt: skip
 
 REGISTRY: Registry[Any] = Registry("algorithm", DOMAINBED_ORDER + OWN_ORDER)
@@ -38,6 +43,9 @@ class Task:
         num_confounders: V; 1 where the dataset knows no confounder.
         group_counts: examples of each of the K * V groups in the training in-splits.
         steps: updates of the run, if it is not stopped early; 0: not known.
+        part_counts: examples in each part of the partition, in the order of the minibatches; empty: not known.
+        hidden_counts: training examples of each of the K labels whose confounder is not annotated; empty where no
+            confounder is known.
     """
 
     input_shape: tuple[int, ...]
@@ -46,6 +54,8 @@ class Task:
     num_confounders: int = 1
     group_counts: tuple[int, ...] = ()
     steps: int = 0
+    part_counts: tuple[int, ...] = ()
+    hidden_counts: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +78,10 @@ class Algorithm(nn.Module):
         PARTITION: the partition that ``train`` takes unless told otherwise.
         MIN_PARTS: the fewest minibatches that ``update`` can work with.
         NEEDS_CONFOUNDERS: True if ``update`` reads confounders: then it is given annotated images only.
+        TAKES_HIDDEN: True if an ``update`` that reads confounders knows what to do with those that are not annotated
+            (-1): then it is given all images.
+        STAGES: of a method that trains in stages, one after the other: before each but the first, ``begin_stage`` is
+            called. Empty: all updates are alike. Only the last stage's updates are measured and recorded.
         NEEDS_MASKS: True if ``update`` reads masks: then (and only then) its minibatches carry ``.m``.
         CONTROL: hparams that switch off what the method adds; the run with them, all else equal, is the method's
             control. A literal; empty: it has none.
@@ -78,6 +92,8 @@ class Algorithm(nn.Module):
     PARTITION: ClassVar[str] = "environment"
     MIN_PARTS: ClassVar[int] = 1
     NEEDS_CONFOUNDERS: ClassVar[bool] = False
+    TAKES_HIDDEN: ClassVar[bool] = False
+    STAGES: ClassVar[Sequence[Stage]] = ()
     NEEDS_MASKS: ClassVar[bool] = False
     CONTROL: ClassVar[Mapping[str, Any]] = {}
     UNREAD_HPARAMS: ClassVar[Sequence[str]] = ()
@@ -115,6 +131,23 @@ class Algorithm(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, K) of images x (B, C, H, W)."""
+        raise NotImplementedError
+
+    def begin_stage(self, stage: str, data: StageData) -> NDArray[np.float64] | None:
+        """Called once before the first update of each stage but the first, in evaluation mode, without gradients.
+
+        Args:
+            stage: its name.
+            data: the images that it may look at.
+
+        Returns:
+            (N,) the odds of each of the N training images to be drawn, relative to the others of its part of the
+            partition, at least one of them above 0 in each part; None: all are alike.
+        """
+        raise NotImplementedError
+
+    def stage_features(self, x: Tensor) -> Tensor:
+        """What a stage ``of_features`` is given in place of images x (B, C, H, W): (B, D)."""
         raise NotImplementedError
 
 
