@@ -6,7 +6,8 @@ The modules in the order in which data flows; each imports only from those above
     messages, overrides, paired,
     intervals, ranks, table_formats   the hash of seeds; table rows; CPU cores; wording; hparams as users write them;
                                       statistics; tables as data, and how they are written
-    metadata, manifests               CSV files; those that list a dataset's images
+    metadata, manifests,
+    feature_files                     CSV files; those that list a dataset's images; files of their features
     registry                          name -> class; class attributes read without importing
     lib/distributions,
     lib/supervised_contrast,
@@ -25,6 +26,7 @@ The modules in the order in which data flows; each imports only from those above
     attribution, masking,
     similarities, maskers          3  featurizers; a layer's maps; two on a shared trunk; heatmaps; images seen through
                                       masks; how alike two heatmaps are; networks that make masks
+    stages, logistic_regression       what a method does after another; a last layer that is fitted
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     explainers, subsets,
@@ -39,6 +41,7 @@ The modules in the order in which data flows; each imports only from those above
     states, state_trees, snapshots,
     training                       6  who works in a run's directory, and what became of the run; everything that it
                                       needs to go on; the loop
+    inferred_confounders              what stands for confounders that nobody annotated
     rows, model_selection          7  records -> rows of tables; the run and the step that one would have chosen
     condensing, run_index             a sweep's files -> the records that selection may take, kept in an index
     tables, *_tables, figures,

@@ -13,8 +13,7 @@ from domainbed import similarities
 from domainbed.algorithms.align import ALIGN, ALIGN_GivenMask, ALIGN_GrayMask, ALIGN_NoGuidance  # noqa: F401
 from domainbed.algorithms.base import Minibatches, concatenate, confounders, register
 from domainbed.algorithms.explained import check_not_negative
-from domainbed.algorithms.two_networks import TwoNetworks, risk
-from domainbed.lib.misc import predicted_labels
+from domainbed.algorithms.two_networks import TwoNetworks, accuracy, annotated, risk, watched
 
 
 class EX2L(TwoNetworks):
@@ -26,7 +25,10 @@ class EX2L(TwoNetworks):
     H^Y_i (h, w) is Grad-CAM of logit y_i of f on image i, H^C_i that of logit c_i of g: with the maps A (C, h, w)
     of the featurizer's ``map_layer`` and Z = h w pixels, ``H = ReLU(sum_k w_k A_k)``,
     ``w_k = (1 / Z) sum_p d logit / d A_kp``. One forward of each network, one backward of the sum, one step of each
-    network's optimizer. Only f predicts. docs/ex2l.md has every reading of the paper that the hparams choose among.
+    network's optimizer. Only f predicts. Where the annotation budget hides c, an image counts for the risk of f alone:
+    the other two terms are means over the annotated images of a step, 0 without any. docs/ex2l.md has every reading of
+    the paper that the hparams choose among. Training confounders are needed, of some images at least; validation
+    confounders only for selection.
 
     Source: Medina, Minoza, Ibanez 2026, "eXplaining to Learn (eX2L): Regularization Using Contrastive Visual
     Explanation Pairs for Distribution Shifts", https://arxiv.org/abs/2605.06368, equations 2 to 4.
@@ -49,6 +51,7 @@ class EX2L(TwoNetworks):
     """
 
     PARTITION = "group"
+    TAKES_HIDDEN = True
     CONTROL = {"map_gradient": "none"}
     SIMILARITY: ClassVar[str]
     update_count: Tensor
@@ -78,8 +81,10 @@ class EX2L(TwoNetworks):
         x, y = concatenate(minibatches)
         c = confounders(minibatches)
         (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
+        known = annotated(c)
+        c, confounder_logits = c[known], confounder_logits[known]
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
-        similarity, values = self.mean_similarity(label_maps, confounder_maps)
+        similarity, values = self.mean_similarity(label_maps[known], confounder_maps[known])
         loss = label_loss + self.hparams["lambda_1"] * confounder_loss + self.similarity_weight() * similarity
         self.step(loss)
         self.update_count += 1
@@ -87,7 +92,7 @@ class EX2L(TwoNetworks):
             "loss": loss.item(),
             "label_loss": label_loss.item(),
             "confounder_loss": confounder_loss.item(),
-            "confounder_acc": (predicted_labels(confounder_logits) == c).float().mean().item(),
+            "confounder_acc": accuracy(confounder_logits, c),
             **values,
         }
 
@@ -99,7 +104,9 @@ class EX2L(TwoNetworks):
 
     def mean_similarity(self, label_maps: Tensor, confounder_maps: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Mean of s over the images with two live heatmaps (0 if there are none), and what to watch of the maps."""
-        values = similarities.describe(label_maps, confounder_maps)
+        values = watched(label_maps, confounder_maps)
+        if not len(label_maps):
+            return label_maps.sum(), {"similarity": 0.0, **values}
         if self.hparams["similarity_gradient"] == "label":
             confounder_maps = confounder_maps.detach()
         elif self.hparams["similarity_gradient"] == "confounder":

@@ -271,7 +271,7 @@ def _numbers(record: Record) -> dict[str, float | None]:
     places = {"validation": model_selection.validation_splits(record), "test": tested}
     found: dict[str, float | None] = {}
     for name, splits in places.items():
-        aa, wga = records.pooled(record, splits) or (_mean(record, splits), None)
+        aa, wga = records.granted(record, splits) or (_mean(record, splits), None)
         found |= {f"{name}_aa": aa, f"{name}_wga": wga}
     return found
 
@@ -288,7 +288,8 @@ def select(directory: Place, criterion: str = "aa_wga") -> "pandas.DataFrame":
     told apart by ``replicate``.
 
     Args:
-        criterion: "aa_wga" (AA + WGA) / 2, or "wga", on the pooled validation images; "accuracy": the mean accuracy of
+        criterion: "aa_wga" (AA + WGA) / 2, or "wga", on the pooled validation images (AA where the validation budget
+            grants none of their confounders, and no validation_wga); "accuracy": the mean accuracy of
             the validation environments, whose numbers then are means over environments; "oracle": (AA + WGA) / 2 on
             the test images, a bound on what choosing can do and no method. Column ``selection`` says which.
 

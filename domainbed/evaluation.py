@@ -28,11 +28,13 @@ class Accuracy:
         average: AA, the mean over the examples.
         groups: accuracy of each non-empty group g = y * V + c; empty where no confounder is known.
         counts: number of examples of each of these groups.
+        images: number of all examples, where only the annotated ones have groups; None: no budget applies.
     """
 
     average: float
     groups: dict[int, float]
     counts: dict[int, int]
+    images: int | None = None
 
     @property
     def worst_group(self) -> int:
@@ -53,16 +55,27 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-def measure(correct: NDArray[np.bool_], groups: Integers | None) -> Accuracy:
-    """Accuracies from correct (N,) and, where a confounder is known, the groups (N,)."""
+def measure(
+    correct: NDArray[np.bool_], groups: Integers | None, annotated: NDArray[np.bool_] | None = None
+) -> Accuracy:
+    """Accuracies from correct (N,) and, where a confounder is known, the groups (N,).
+
+    Args:
+        annotated: (N,) which examples count for their groups; all count for the average. None: all.
+    """
+    average = float(correct.mean())
     if groups is None:
-        return Accuracy(float(correct.mean()), {}, {})
+        return Accuracy(average, {}, {})
+    images = None if annotated is None else len(correct)
+    if annotated is not None:
+        correct, groups = correct[annotated], groups[annotated]
     present, counts = np.unique(groups, return_counts=True)
     hits = np.bincount(groups, weights=correct)[present]
     return Accuracy(
-        float(correct.mean()),
+        average,
         {int(g): float(hit / n) for g, hit, n in zip(present, hits, counts, strict=True)},
         {int(g): int(n) for g, n in zip(present, counts, strict=True)},
+        images,
     )
 
 
@@ -98,7 +111,10 @@ def evaluate(
     precision: str = "fp32",
     num_workers: int = 0,
 ) -> dict[tuple[int, str], Accuracy]:
-    """Accuracy of each split by its number and kind; splits of one environment share one pass over it."""
+    """Accuracy of each split by its number and kind; splits of one environment share one pass over it.
+
+    Groups are those of the true confounders, of a split that is annotated in part of the annotated examples only.
+    """
     found = {}
     for env in dict.fromkeys(split.env for split in splits):
         here = [split for split in splits if split.env == env]
@@ -108,7 +124,8 @@ def evaluate(
         ends = np.cumsum([len(split) for split in here])
         for split, end in zip(here, ends, strict=True):
             part = slice(end - len(split), end)
-            found[split.number, split.kind] = measure((predicted == y)[part], None if groups is None else groups[part])
+            own = None if groups is None else groups[part]
+            found[split.number, split.kind] = measure((predicted == y)[part], own, split.annotated)
     return found
 
 

@@ -25,6 +25,7 @@ from domainbed.group_tables import (
 )
 from domainbed.model_selection import choose, choose_by_accuracy
 from domainbed.rows import Cell, Row, Run, meeting, row_names
+from domainbed.scores import Pooled
 from domainbed.table_formats import MISSING, Table, render
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Explained(NamedTuple):
 
     run: Run
     record: Record
-    accuracy: keys.Pooled | None
+    accuracy: Pooled | None
     means: dict[str, float]
     worst: dict[str, float]
 

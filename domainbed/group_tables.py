@@ -43,9 +43,11 @@ METRIC_NOTES = {  # metrics that a table shows only where some run has them, and
     "adjusted AA": "adjusted AA: groups weighted by their shares of each run's training images.",
     "group mean": "group mean: non-empty groups weighted equally.",
 }
-BUDGET_NOTE = (
-    "budget: the share of the training images whose confounder labels were kept; 1 where none is stated. "
-    "Validation keeps all."
+BUDGET_NOTE = "budget: the share of the training images whose confounder labels were kept; 1 where none is stated."
+FULL_VALIDATION = "Validation keeps all."
+VALIDATION_NOTE = (
+    "val_budget: the share of the validation images whose confounder labels selection may use; 1 where none is stated. "
+    "Validation WGA is over these images, AA over all; with none, selection goes by AA alone."
 )
 
 MOST_SEEDS = 5  # that a note lists one by one
@@ -136,7 +138,12 @@ def trials_of(chosen: Iterable[C], names: Mapping[Row, str]) -> dict[tuple[Line,
 
 
 def budget_notes(rows: Iterable[Row]) -> list[str]:
-    return [BUDGET_NOTE] if any(key == "annotation_budget" for row in rows for key, _ in row.extras) else []
+    """What the names of rows with a budget, for training or validation, mean."""
+    stated = {key for row in rows for key, _ in row.extras}
+    on_validation = [VALIDATION_NOTE] if "validation_budget" in stated else []
+    if "annotation_budget" not in stated:
+        return on_validation
+    return [BUDGET_NOTE, *on_validation] if on_validation else [f"{BUDGET_NOTE} {FULL_VALIDATION}"]
 
 
 def protocol_notes(found: Iterable[Run]) -> list[str]:

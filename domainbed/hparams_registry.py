@@ -150,13 +150,14 @@ def check_given(algorithm_class: type, dataset_name: str, given: Mapping[str, An
             "%s does not read %s; its docstring names what it reads", algorithm_class.__name__, ", ".join(unread)
         )
     table = _table(algorithm_class, dataset_name)
+    optional = OPTIONAL | dict(getattr(algorithm_class, "OPTIONAL_HPARAMS", {}))
     for name, value in given.items():
         if name in table:
             _check_type(name, value, table[name][0])
-        elif name in OPTIONAL:
-            _check_type(name, value, OPTIONAL[name])
+        elif name in optional:
+            _check_type(name, value, optional[name])
         else:
-            _check_name(algorithm_class, name, sorted({*table, *OPTIONAL}))
+            _check_name(algorithm_class, name, sorted({*table, *optional}))
 
 
 def _check_name(algorithm_class: type, name: str, known: list[str]) -> None:

@@ -18,7 +18,7 @@ from domainbed.commands import train_command
 from domainbed.interruption import EXIT_PREEMPTED
 from domainbed.seeding import seed_hash
 from domainbed.states import State, Status
-from domainbed.sweep_rows import SweepRow, with_controls
+from domainbed.sweep_rows import FULL_BUDGET, Budget, SweepRow, budget_args, with_controls
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,16 @@ _ERROR = re.compile(r"(error|[A-Za-z_.]*(Error|BadInput)): ")  # as scripts and 
 # Arguments of train that DomainBed's sweeps lack; a job carries one only where it is given.
 EXTRAS = (
     "label", "checkpoint_freq", "precision", "eval_splits", "keep_best", "skip_model_save", "input_pipeline",
-    "confounders", "annotation_budget", "ranges", "epochs", "explain", "mask_dir", "uda_holdout_fraction",
+    "confounders", "annotation_budget", "validation_budget", "ranges", "epochs", "explain", "mask_dir",
+    "uda_holdout_fraction",
 )  # fmt: skip
 _SHOWN = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
 _DELETING = 16  # at a time: to be sure that another machine's process is dead takes half a minute
 # Two answers to one question.
-EXCLUSIVE = (("steps", "epochs"), ("test_envs_list", "official_test_envs"))
+EXCLUSIVE = (
+    ("steps", "epochs"), ("test_envs_list", "official_test_envs"), ("budgets", "annotation_budget"),
+    ("budgets", "validation_budget"),
+)  # fmt: skip
 
 
 def all_test_env_combinations(n: int) -> list[list[int]]:
@@ -103,7 +107,7 @@ def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> boo
     """
     default = registry.attribute("algorithms", row["algorithm"], "PARTITION", "environment")
     least = registry.attribute("algorithms", row["algorithm"], "MIN_PARTS", 1)
-    grouped = row.get("partition", default) in ("group", "confounder")
+    grouped = row.get("partition", default) in ("group", "confounder", "group_subset")
     needs = grouped or registry.attribute("algorithms", row["algorithm"], "NEEDS_CONFOUNDERS", False)
     if needs and not (row.get("confounders") or registry.attribute("datasets", dataset, "CONFOUNDERS")):
         logger.warning("left out: %s on %s, which knows no confounder", row["algorithm"], dataset)
@@ -157,6 +161,7 @@ def make_args_list(
     test_envs_list: Sequence[Sequence[int]] | None = None,
     official_test_envs: bool = False,
     controls: bool = False,
+    budgets: Sequence[Budget] | None = None,
     **extras: Any,
 ) -> list[dict[str, Any]]:
     """The arguments of every job, in DomainBed's order: trial, dataset, row, test environments, hparams seed.
@@ -171,6 +176,7 @@ def make_args_list(
         test_envs_list: one list a job, for all datasets; None: see ``dataset_test_envs``.
         official_test_envs: see ``dataset_test_envs``.
         controls: each row is followed by its control (``sweep_rows.with_controls``).
+        budgets: shares of training and validation images with a known confounder; each row is there once for each.
         extras: any of ``EXTRAS``.
 
     Raises:
@@ -181,12 +187,13 @@ def make_args_list(
     if unknown := extras.keys() - set(EXTRAS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
     shared = given({"steps": steps, "data_dir": data_dir, **extras})
-    check_exclusive(shared | given({"test_envs_list": test_envs_list, "official_test_envs": official_test_envs}))
+    choices = {"test_envs_list": test_envs_list, "official_test_envs": official_test_envs, "budgets": budgets}
+    check_exclusive(shared | given(choices))
     test_envs = {
         name: dataset_test_envs(name, single_test_envs, test_envs_list, official_test_envs) for name in dataset_names
     }
     asked = [*map(SweepRow.parse, algorithms), *rows]
-    row_args = {name: _row_args(asked, name, controls, hparams, extras) for name in dataset_names}
+    row_args = {name: _row_args(asked, name, controls, hparams, budgets, extras) for name in dataset_names}
     _check_data_dir(data_dir, dataset_names)
     shared |= {"task": task, "holdout_fraction": holdout_fraction}
     cells = {
@@ -207,11 +214,20 @@ def make_args_list(
 
 
 def _row_args(
-    rows: Sequence[SweepRow], dataset: str, controls: bool, hparams: str | None, extras: Mapping[str, Any]
+    rows: Sequence[SweepRow],
+    dataset: str,
+    controls: bool,
+    hparams: str | None,
+    budgets: Sequence[Budget] | None,
+    extras: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Each row's own arguments on a dataset, controls among them."""
+    """Each row's own arguments on a dataset, controls among them, for each of its budgets."""
     there = with_controls([row.on_dataset(dataset) for row in rows], controls, hparams, extras.get("label"))
-    return [row.train_args(hparams, extras.get("ranges")) for row in there]
+    return [
+        row.train_args(hparams, extras.get("ranges")) | budget_args(budget)
+        for row in there
+        for budget in row.budgets or budgets or [FULL_BUDGET]
+    ]
 
 
 def _job_args(

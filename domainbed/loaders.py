@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, get_worker_info
 
@@ -64,13 +65,14 @@ class Minibatch(tuple[Tensor, Tensor]):
         return Minibatch(x.to(device), y.to(device), **{k: v.to(device) for k, v in self.__dict__.items()})
 
 
-def examples_of(splits: Sequence[Split], num_confounders: int) -> Examples:
-    """The aligned arrays of the splits' examples, one split after the other."""
+def examples_of(splits: Sequence[Split], num_confounders: int, seed: int = 0) -> Examples:
+    """The aligned arrays of the splits' examples, one split after the other; the seed is of random subsets."""
     return Examples(
         labels=lambda: np.concatenate([split.y for split in splits]),
         c=np.concatenate([split.c for split in splits]),
         e=np.concatenate([np.full(len(split), split.env) for split in splits]),
         num_confounders=num_confounders,
+        seed=seed,
     )
 
 
@@ -188,15 +190,18 @@ class TrainingLoader:
         partition: function of the examples that returns the parts.
         batch_size: rows per training environment; a part gets its share of their sum.
         num_confounders: V.
-        seed: of the draws.
+        seed: of the draws, and of what the partition leaves out.
         class_balanced: draw the classes of a part with equal probability.
         num_workers: the most processes that open images (none for data in memory).
         device: where the minibatches shall be.
         num_environments: the number of training environments; default: that of the splits.
         with_masks: minibatches carry the images' masks.
+        odds: (N,) of each example to be drawn, relative to the others of its part; None: all are alike. With
+            ``class_balanced`` it is multiplied with what makes the classes of a part equally likely.
 
     Raises:
-        ValueError: the partition does not suit the dataset or the batch size; masks are asked for and not known.
+        ValueError: the partition does not suit the dataset or the batch size; masks are asked for and not known; odds
+            are negative, not finite, not one for each example, or 0 in a whole part.
         NotImplementedError: masks are asked for, and the images pass through a transform.
     """
 
@@ -212,20 +217,28 @@ class TrainingLoader:
         device: torch.device | str = "cpu",
         num_environments: int | None = None,
         with_masks: bool = False,
+        odds: NDArray[np.float64] | None = None,
     ):
         if with_masks:
             _check_masks(splits)
         self.splits, self.seed, self.num_workers, self.device = splits, seed, num_workers, device
         self.with_masks = with_masks
-        self.examples = examples_of(splits, num_confounders)
+        self.examples = examples_of(splits, num_confounders, seed)
         self.keys = np.concatenate([split.keys for split in splits])
         self.parts = partition(self.examples)
         self.rows = rows_per_part(self.parts, batch_size, num_environments or len(splits))
-        self._odds = [balanced_weights(self.examples.y[p.positions]) if class_balanced else None for p in self.parts]
+        self._odds = [_probabilities(part, self.examples, class_balanced, odds) for part in self.parts]
 
     def group_counts(self, num_classes: int) -> tuple[int, ...]:
         """``group_counts`` of the examples that are drawn from."""
         return group_counts(self.splits, num_classes, self.examples.num_confounders)
+
+    def hidden_counts(self, num_classes: int) -> tuple[int, ...]:
+        """Number of examples of each of the K labels whose confounder is hidden; empty where none is known."""
+        if self.examples.num_confounders < 2:
+            return ()
+        hidden = self.examples.y[self.examples.c < 0]
+        return tuple(np.bincount(hidden, minlength=num_classes).tolist())
 
     def draw(self, step: int) -> Integers:
         """Positions (parts * rows,) of step's examples."""
@@ -272,6 +285,23 @@ class TrainingLoader:
         pairs = zip(x.split(self.rows), y.split(self.rows), strict=True)
         minibatches = (Minibatch(*xy, **{name: part[p] for name, part in parts.items()}) for p, xy in enumerate(pairs))
         return [minibatch.to(self.device) for minibatch in minibatches]
+
+
+def _probabilities(
+    part: Part, examples: Examples, class_balanced: bool, odds: NDArray[np.float64] | None
+) -> NDArray[np.float64] | None:
+    """With what probabilities (n,) a part's examples are drawn; None: all are alike."""
+    balance = balanced_weights(examples.y[part.positions]) if class_balanced else None
+    if odds is None:
+        return balance
+    if odds.shape != examples.c.shape:
+        raise ValueError(f"odds of shape {odds.shape}: give one for each of the {len(examples.c)} training examples")
+    own = odds[part.positions]
+    if not (np.isfinite(own).all() and own.min() >= 0 and own.max() > 0):
+        found = f"from {own.min()} to {own.max()}"
+        raise ValueError(f"the odds of {part.name} are {found}; give finite ones of at least 0, not all of them 0")
+    own = own / own.max() * (1.0 if balance is None else balance)
+    return own / own.sum()
 
 
 def _check_masks(splits: Sequence[Split]) -> None:

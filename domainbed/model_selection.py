@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from domainbed import records as keys
+from domainbed import scores
 from domainbed.lib.query import Q
 from domainbed.rows import Run, declared, replicates, runs
 
@@ -306,8 +307,8 @@ def _judge_accuracy(
     return AccuracyChoice(run, replicate, record, score, {env: acc["test_acc"] for env, acc in accs.items()})
 
 
-# name on the command line -> what is maximised over validation, from AA and WGA
-CRITERIA: dict[str, Callable[[float, float], float]] = {"aa_wga": keys.aa_wga, "wga": lambda aa, wga: wga}
+# name on the command line -> what is maximised over validation, from AA and WGA (``scores.Granted.score``)
+CRITERIA: dict[str, Callable[[float, float], float]] = {"aa_wga": scores.aa_wga, "wga": lambda aa, wga: wga}
 
 
 @dataclass(frozen=True)
@@ -315,13 +316,14 @@ class Choice(Checkpoint):
     """The checkpoint that a group-aware criterion takes among the draws of one trial; its score is the criterion.
 
     Attributes:
-        validation, test: AA and WGA as fractions.
+        validation: AA and, as far as the validation budget grants confounders, WGA, fractions.
+        test: AA and WGA, with all confounders, fractions.
         test_means: adjusted average accuracy and group mean, fractions.
     """
 
-    validation: keys.Pooled
-    test: keys.Pooled
-    test_means: keys.PooledMeans
+    validation: scores.Granted
+    test: scores.Pooled
+    test_means: scores.PooledMeans
 
 
 def validation_splits(record: Record) -> list[tuple[int, str]]:
@@ -339,10 +341,11 @@ def choose(records: Iterable[Record], criterion: str = "aa_wga") -> list[Choice]
     """The checkpoint per row, dataset, test environments and trial that is best on validation.
 
     Validation pools the splits of ``validation_splits`` by counts, test pools the in-splits of the run's test
-    environments (``records.pooled``). Each run's best step is found first, then the best run among the draws
-    (hparams seeds) of a trial. Several seeds of one draw do not compete but are trials of their own, so that a
-    chosen draw trained again with new seeds gives one number per seed. Ties go to the earliest step, then to the
-    smallest hparams seed and seed. Runs without groups are passed over, NaN never wins.
+    environments (``records.pooled``). Where the validation budget grants only a share of the confounders, WGA is that
+    of the annotated images; where it grants none, AA alone is maximised. Each run's best step is found first, then the
+    best run among the draws (hparams seeds) of a trial. Several seeds of one draw do not compete but are trials of
+    their own, so that a chosen draw trained again with new seeds gives one number per seed. Ties go to the earliest
+    step, then to the smallest hparams seed and seed. Runs without groups are passed over, NaN never wins.
 
     Args:
         records: of any number of runs.
@@ -364,20 +367,20 @@ def choose_oracle(records: Iterable[Record]) -> list[Choice]:
     by_run = runs(record for record in records if keys.has_groups(record))
 
     def judge(run: Run, replicate: int, record: Record) -> Choice | None:
-        choice = _judge(run, replicate, record, keys.aa_wga)
+        choice = _judge(run, replicate, record, scores.aa_wga)
         if choice is None:
             return None
-        score = keys.aa_wga(*choice.test)
+        score = scores.aa_wga(*choice.test)
         return replace(choice, score=float("-inf") if math.isnan(score) else score)
 
     return _best(by_run, judge)
 
 
 def _judge(run: Run, replicate: int, record: Record, score: Callable[[float, float], float]) -> Choice | None:
-    validation = keys.pooled(record, validation_splits(record))
+    validation = keys.granted(record, validation_splits(record))
     tested = [(env, "in") for env in run.test_envs]
     test = keys.pooled(record, tested)
     if validation is None or test is None:
         return None
-    value = float("-inf") if math.isnan(sum(validation)) else score(*validation)
+    value = float("-inf") if math.isnan(validation.score()) else validation.score(score)
     return Choice(run, replicate, record, value, validation, test, keys.pooled_means(record, tested))

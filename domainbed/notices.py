@@ -39,11 +39,12 @@ def report_budget(splits: Sequence[Split]) -> None:
 
 
 def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
-    """Warns of groups of the training images of which the budget annotates none, and which are thus never drawn."""
+    """Warns of groups of the training images that nothing can balance, since the budget annotates only others."""
     present, annotated = (_counts(dataset, splits) for splits in (trained, known))
-    if len(lost := np.flatnonzero((present > 0) & (annotated == 0))):
+    lost = np.flatnonzero((present > 0) & (annotated == 0))
+    if len(lost) and annotated.any():
         names = _names(dataset, lost)
-        logger.warning("the annotation budget leaves no image of %d training group(s): %s", len(lost), names)
+        logger.warning("no image is annotated of %d training group(s): %s; raise the budget", len(lost), names)
 
 
 def _counts(dataset: Any, splits: Sequence[Split]) -> Integers:

@@ -1,6 +1,10 @@
-"""Which examples share a minibatch: functions of the training splits' arrays that return the parts."""
+"""Which examples share a minibatch: functions of the training splits' arrays that return the parts.
+
+Where the annotation budget hides confounders, "not annotated" counts as one more confounder value: no image is lost.
+"""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domainbed.registry import Registry
+from domainbed.seeding import seed_hash
+
+logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
 
@@ -18,8 +25,13 @@ ADVICE = (
     "partition that need none"
 )
 
-REGISTRY: Registry[Any] = Registry("partition", ("environment", "random", "group", "confounder"))
+REGISTRY: Registry[Any] = Registry(
+    "partition", ("environment", "random", "group", "confounder", "label", "group_subset", "label_subset")
+)
 register = REGISTRY.register
+
+BY_CONFOUNDER = ("group", "confounder", "group_subset")  # of REGISTRY: those that a dataset without one can't have
+FEW = 10  # images of each group; a warning says so if a subset keeps fewer
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Examples:
         c: confounder values in [0, V); -1 where the annotation budget hides them.
         e: environments.
         num_confounders: V; 1 where no confounder is known.
-        seed: of partitions that leave some examples out.
+        seed: of partitions that leave some examples out: the run's.
     """
 
     labels: Callable[[], Integers]
@@ -57,21 +69,53 @@ class Part(NamedTuple):
     positions: Integers
 
 
-def _by_value(name: str, values: Integers) -> list[Part]:
-    return [Part(f"{name} {value}", np.flatnonzero(values == value)) for value in np.unique(values[values >= 0])]
+def _by_value(name: str, values: Integers, suffix: str = "") -> list[Part]:
+    """A part per value that occurs; examples whose value is negative are in none."""
+    return [
+        Part(f"{name} {value}{suffix}", np.flatnonzero(values == value)) for value in np.unique(values[values >= 0])
+    ]
 
 
-def _require_confounder(partition: str, examples: Examples) -> None:
+def _check_confounder(partition: str, examples: Examples) -> None:
     if examples.num_confounders < 2:
         raise ValueError(f"partition {partition} needs a dataset that knows its confounder; {ADVICE}")
-    known = np.unique(examples.c[examples.c >= 0])
-    if not len(known):
-        raise ValueError(f"partition {partition} needs annotated images; the annotation budget leaves none, raise it")
-    if len(known) == 1:
+    values = np.unique(examples.c)  # -1: not annotated
+    if len(values) == 1 and values[0] >= 0:
         raise ValueError(
-            f"partition {partition}: the confounder is {known[0]} in all annotated training images, so that it can't "
-            "tell groups apart; take environment or random, other --test_envs, or a larger annotation budget"
+            f"partition {partition}: the confounder is {values[0]} in all training images, so that it can't "
+            "tell groups apart; take environment, label or random, or other --test_envs"
         )
+
+
+def _report_hidden(partition: str, examples: Examples, parts: list[Part]) -> list[Part]:
+    """The parts; where the budget hides confounders, a log line says what they are then."""
+    if hidden := int((examples.c < 0).sum()):
+        names = "; ".join(f"{part.name} ({len(part.positions)})" for part in parts)
+        share = f"{hidden} of {len(examples.c)} training images"
+        logger.info("partition %s: the confounder of %s is hidden; divided by: %s", partition, share, names)
+    return parts
+
+
+def _groups(partition: str, examples: Examples) -> list[Part]:
+    _check_confounder(partition, examples)
+    hidden = np.where(examples.c < 0, examples.y, -1)
+    parts = _by_value("group", examples.g) + _by_value("label", hidden, ", confounder not annotated")
+    return _report_hidden(partition, examples, parts)
+
+
+def _subset(partition: str, parts: Sequence[Part], seed: int) -> list[Part]:
+    """One part: of each of the parts equally many examples, as many as the smallest has, drawn once."""
+    smallest = min(parts, key=lambda part: len(part.positions))
+    n = len(smallest.positions)
+    if n < FEW:
+        logger.warning(
+            "partition %s keeps %d images of each of %d parts, as many as %s has; "
+            "to train on all images, balanced, take --partition %s",
+            partition, n, len(parts), smallest.name, partition.removesuffix("_subset"),
+        )  # fmt: skip
+    rng = np.random.default_rng(seed_hash("subset", seed))  # of its own: no other draw changes
+    chosen = [rng.choice(part.positions, n, replace=False) for part in parts]
+    return [Part(f"{n} of each {partition.removesuffix('_subset')}", np.sort(np.concatenate(chosen)))]
 
 
 @register
@@ -88,16 +132,38 @@ def random(examples: Examples) -> list[Part]:
 
 @register
 def group(examples: Examples) -> list[Part]:
-    """One minibatch per non-empty group: the uniform-group sampler (the paper's Uniform Group)."""
-    _require_confounder("group", examples)
-    return _by_value("group", examples.g)
+    """One minibatch per non-empty group: the uniform-group sampler (the paper's Uniform Group).
+
+    The images of a label whose confounder is not annotated are a group of their own.
+    """
+    return _groups("group", examples)
 
 
 @register
 def confounder(examples: Examples) -> list[Part]:
-    """One minibatch per confounder value that occurs."""
-    _require_confounder("confounder", examples)
-    return _by_value("confounder", examples.c)
+    """One minibatch per confounder value that occurs, and one of the images that are not annotated."""
+    _check_confounder("confounder", examples)
+    hidden = np.flatnonzero(examples.c < 0)
+    parts = _by_value("confounder", examples.c) + [Part("confounder not annotated", hidden)] * (len(hidden) > 0)
+    return _report_hidden("confounder", examples, parts)
+
+
+@register
+def label(examples: Examples) -> list[Part]:
+    """One minibatch per label that occurs."""
+    return _by_value("label", examples.y)
+
+
+@register
+def group_subset(examples: Examples) -> list[Part]:
+    """One minibatch, of a subset drawn once: as many images of each group (see ``group``) as the smallest has."""
+    return _subset("group_subset", _groups("group_subset", examples), examples.seed)
+
+
+@register
+def label_subset(examples: Examples) -> list[Part]:
+    """One minibatch, of a subset drawn once: as many images of each label as the rarest has."""
+    return _subset("label_subset", label(examples), examples.seed)
 
 
 def rows_per_part(parts: Sequence[Part], batch_size: int, num_environments: int) -> int:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from domainbed.scores import Granted, Pooled, PooledMeans, adjusted_average, group_mean
+
 if TYPE_CHECKING:
     from domainbed.evaluation import Accuracy
 
@@ -62,6 +64,14 @@ def group_count_key(env: int, split: str, group: int) -> str:
     return f"env{env}_{split}_g{group}_n"
 
 
+def size_key(env: int, split: str) -> str:
+    """Number of the split's examples, over which its accuracy is; only where the validation budget cuts its groups.
+
+    Then all keys of its groups, also its worst-group accuracy, are of the annotated examples, and absent without any.
+    """
+    return f"env{env}_{split}_n"
+
+
 def training_count_key(group: int) -> str:
     """Number of the run's training images in group g; absent when there are none, or groups are too many."""
     return f"train_g{group}_n"
@@ -81,8 +91,8 @@ def is_full_data(keys: Iterable[str]) -> bool:
 
 
 def is_group_key(key: str) -> bool:
-    """Whether a key speaks of a single group, or is the mean over the groups; consoles leave these out."""
-    return re.fullmatch(r"train_g\d+_n|(fd_)?env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn]|group_mean_acc)", key) is not None
+    """Whether a key speaks of a single group, is the mean over the groups, or a count; consoles leave these out."""
+    return re.fullmatch(r"train_g\d+_n|(fd_)?env\d+_[a-z]+_(g\d+_(acc|n)|wga_[gn]|group_mean_acc|n)", key) is not None
 
 
 class GroupCounts(NamedTuple):
@@ -121,58 +131,16 @@ def has_groups(record: Mapping[str, Any]) -> bool:
     return any(key.endswith("_wga") for key in record)
 
 
-def aa_wga(aa: float, wga: float) -> float:
-    """The score by which the paper chooses a checkpoint: (AA + WGA) / 2.
-
-    Source: eX2L, arXiv 2605.06368, equation 5.
-    """
-    return (aa + wga) / 2
-
-
-def adjusted_average(acc: Mapping[int, float], training: Mapping[int, int]) -> float | None:
-    """Adjusted average accuracy: the groups' accuracies, each weighted by the group's share of the training images.
-
-    Args:
-        acc: accuracy of each non-empty group of what was measured.
-        training: training images of each group of this run.
-
-    Returns:
-        None where a group of the training images has no accuracy (the weights are not spread over the others), or
-        no training image is known.
-
-    Source: Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020, https://arxiv.org/abs/1911.08731,
-    for Waterbirds; the weights here are those of the data that the run trained on.
-    """
-    weights = {g: n for g, n in training.items() if n}
-    if not weights or not weights.keys() <= acc.keys():
-        return None
-    return sum(n * acc[g] for g, n in weights.items()) / sum(weights.values())
-
-
-def group_mean(acc: Mapping[int, float]) -> float:
-    """The unweighted mean over the non-empty groups, of which there must be one."""
-    return sum(acc.values()) / len(acc)
-
-
-class Pooled(NamedTuple):
-    """Average and worst-group accuracy of several splits taken as one, fractions: what selection goes by."""
-
-    aa: float
-    wga: float
-
-
-class PooledMeans(NamedTuple):
-    """Adjusted average accuracy and group mean of several splits taken as one, fractions; None: not to be had."""
-
-    adjusted: float | None
-    group_mean: float | None
+def annotated_splits(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The splits without those whose confounders the validation budget hides altogether."""
+    return [place for place in splits if size_key(*place) not in record or wga_key(*place) in record]
 
 
 def _pooled_groups(
     record: Mapping[str, Any], splits: Sequence[tuple[int, str]]
 ) -> tuple[dict[int, float], dict[int, int]] | None:
-    """Correct and all images of each group of the splits together; None where a split's are not in the record."""
-    metrics = [group_metrics(record, env, split) for env, split in splits]
+    """Correct and all annotated images of each group of the splits together; None where some are not in the record."""
+    metrics = [group_metrics(record, env, split) for env, split in annotated_splits(record, splits)]
     if not metrics or not all(metric.n for metric in metrics):
         return None
     count: dict[int, int] = defaultdict(int)
@@ -196,9 +164,28 @@ def pooled(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pool
     Where groups are too many to be written one by one, AA is the mean of the splits' accuracies and WGA the
     smallest of their worst-group accuracies: counts that would pool them exactly are not in the record.
 
+    Under a validation budget AA is of all examples still, WGA of the annotated ones.
+
     Returns:
-        None if there is no split, or one of them is not in the record or without groups.
+        None if there is no split, or one of them is not in the record or without groups; under a validation budget
+        if they all are without.
     """
+    found = granted(record, splits)
+    return None if found is None or found.wga is None else Pooled(found.aa, found.wga)
+
+
+def granted(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Granted | None:
+    """As ``pooled``, but where the validation budget hides all confounders of the splits, there is AA alone."""
+    annotated = _pooled_annotated(record, annotated_splits(record, splits))
+    places = [(acc_key(*place), size_key(*place)) for place in splits]
+    if not places or not all(acc in record and n in record for acc, n in places):
+        return None if annotated is None else Granted(*annotated)
+    correct = sum(record[acc] * record[n] for acc, n in places)
+    return Granted(correct / sum(record[n] for _, n in places), None if annotated is None else annotated.wga)
+
+
+def _pooled_annotated(record: Mapping[str, Any], splits: Sequence[tuple[int, str]]) -> Pooled | None:
+    """``pooled``, of the examples whose groups are known."""
     groups = _pooled_groups(record, splits)
     if groups is not None:
         correct, count = groups
@@ -242,6 +229,8 @@ def accuracies(
     record: dict[str, float | int] = {}
     for place, accuracy in measured.items():
         record[acc_key(*place)] = accuracy.average
+        if accuracy.images is not None:
+            record[size_key(*place)] = accuracy.images
         if accuracy.groups:
             record |= _group_accuracies(*place, accuracy, training, num_groups <= MAX_GROUPS_WRITTEN)
     if num_groups <= MAX_GROUPS_WRITTEN and any(accuracy.groups for accuracy in measured.values()):

@@ -215,20 +215,21 @@ def names(package: str) -> list[str]:
 
 
 def is_file(dataset: str) -> bool:
-    """Whether a dataset's name is the path of a CSV file that lists its images."""
-    return dataset.lower().endswith(".csv")
+    """Whether a dataset's name is the path of a CSV file that lists its images, or of a file of their features."""
+    return Path(dataset).suffix.lower() in (".csv", ".npz")
 
 
 def _of_file(path: str) -> dict[str, Any]:
-    """The attributes that a CSV file gives the class that is made of it; reading it takes no torch.
+    """The attributes that a file gives the class that is made of it; reading it takes no torch.
 
     Raises:
         NotImplementedError: the file is gone, or holds no dataset.
     """
-    from domainbed import manifests  # only sweeps over CSV files pay for numpy
+    from domainbed import feature_files, manifests  # only sweeps over files pay for numpy
 
+    read: Callable[[str], Any] = {".csv": manifests.read, ".npz": feature_files.read}[Path(path).suffix.lower()]
     try:
-        found: dict[str, Any] = manifests.read(path).class_attributes
+        found: dict[str, Any] = read(path).class_attributes
     except (OSError, ValueError) as error:
         raise NotImplementedError(str(error)) from error
     return found
@@ -238,7 +239,7 @@ def attribute(package: str, name: str, attribute: str, default: Any = None) -> A
     """A class attribute of a registered class; what is no literal, or not settled by the files, is really imported.
 
     Raises:
-        NotImplementedError: no class of that name, imported or not; or no dataset in the CSV file of that name.
+        NotImplementedError: no class of that name, imported or not; or no dataset in the file of that name.
     """
     if package == "datasets" and is_file(name):
         return _of_file(name).get(attribute, default)

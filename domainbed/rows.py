@@ -23,6 +23,7 @@ NAMED = {"algorithm", "partition", "label", "hparams"}
 # What a record without the key was run with; other keys default to None.
 DEFAULTS = {
     "annotation_budget": 1.0,
+    "validation_budget": 1.0,
     "input_pipeline": "pil",
     "precision": "fp32",
     "task": "domain_generalization",
@@ -31,7 +32,7 @@ DEFAULTS = {
 }
 # Extras that a name states even where all rows share them, and their words there: DomainBed's tables cut names at 20
 # characters.
-ALWAYS_NAMED = {"annotation_budget": "budget"}
+ALWAYS_NAMED = {"annotation_budget": "budget", "validation_budget": "val_budget"}
 
 Record = Mapping[str, Any]
 Cell = tuple[str, tuple[int, ...]]  # dataset, test environments

@@ -40,7 +40,7 @@ def screening_tables(records: Iterable[Record]) -> list[Table]:
     """WGA on training and validation images of each row and dataset, with no look at test environments: one table.
 
     Below it stand the best three algorithms of each dataset by validation WGA: each counts once, with its best row,
-    and rows whose penalty is switched off don't count.
+    and rows whose penalty is switched off, or whose validation budget is 0, don't count.
 
     Raises:
         ValueError: there are no groups, or the training images were not measured.
@@ -102,7 +102,7 @@ def _columns(
     most: int,
 ) -> list[list[table_formats.Cell | str]]:
     """Train WGA and Val WGA of the lines; the best of the latter are marked."""
-    val = [[choice.validation.wga for choice in trials.get((line, cell), [])] for line in lines]
+    val = [_val_wgas(trials.get((line, cell), [])) for line in lines]
     return [
         [mean_cell(train.get((line, cell), []), most) for line in lines],
         marked([mean_cell(wga, most) for wga in val]),
@@ -116,12 +116,12 @@ def _finalists(
     sentences = []
     for cell, title in titles.items():
         ranked = [(line, trials[line, cell]) for line in lines if (line, cell) in trials]
-        ranked = [(line, chosen) for line, chosen in ranked if not is_control(chosen[0].run.row)]
+        ranked = [(line, some) for line, some in ranked if _val_wgas(some) and not is_control(some[0].run.row)]
         ranked.sort(key=lambda entry: -_val_wga(entry[1]))  # stable: ties in the order of the lines
         best = {chosen[0].run.row.algorithm: (line, chosen) for line, chosen in reversed(ranked)}
         finalists = sorted(best.values(), key=ranked.index)[:FINALISTS]
         words = [f"{_described(line)} {100 * _val_wga(chosen):.1f}" for line, chosen in finalists]
-        sentences.append(f"{title}: best algorithms by Val WGA: {', '.join(words)}")
+        sentences += [f"{title}: best algorithms by Val WGA: {', '.join(words)}"] if words else []
     return sentences
 
 
@@ -130,5 +130,10 @@ def _described(line: Line) -> str:
     return f"{name} ({sampling})"
 
 
+def _val_wgas(chosen: Iterable[Choice]) -> list[float]:
+    """Of the trials whose validation budget grants some confounders."""
+    return [choice.validation.wga for choice in chosen if choice.validation.wga is not None]
+
+
 def _val_wga(chosen: Iterable[Choice]) -> float:
-    return float(np.mean([choice.validation.wga for choice in chosen]))
+    return float(np.mean(_val_wgas(chosen)))

@@ -20,6 +20,7 @@ from domainbed.group_tables import (
 )
 from domainbed.model_selection import CRITERIA, Checkpoint, choose, choose_by_accuracy, choose_oracle
 from domainbed.rows import Cell, Run, meeting, row_names, runs
+from domainbed.scores import Pooled
 from domainbed.table_formats import MISSING, Table
 
 Record = Mapping[str, Any]
@@ -39,7 +40,7 @@ class Chosen(NamedTuple):
     """A checkpoint, and what it scores on the run's test environments."""
 
     checkpoint: Checkpoint
-    test: keys.Pooled
+    test: Pooled
 
 
 def selection_tables(records: Iterable[Record]) -> list[Table]:

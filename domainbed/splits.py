@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from domainbed.datasets.base import Integers, MultipleDomainDataset, confounders
 from domainbed.lib import misc
 
+BUDGETS = {"training": "annotation_budget", "validation": "validation_budget"}  # flags
+
 
 @dataclass(frozen=True)
 class Split:
@@ -23,7 +25,7 @@ class Split:
         environment: the whole environment.
         keys: (N,) the examples' positions in it.
         number: the number in its record keys: e, but DomainBed counts the uda-splits from 0.
-        annotated: (N,) whether training may know the example's confounder; None: of all.
+        annotated: (N,) whether training, or selection, may know the example's confounder; None: of all.
         inferred: (N,) what stands for the confounders in training, where nobody annotated them.
     """
 
@@ -45,15 +47,21 @@ class Split:
 
     @property
     def c(self) -> Integers:
-        """The confounder values (N,) that training may know; -1 where they are not annotated."""
+        """The confounder values (N,) that the budget grants; -1 where they are not annotated."""
         known = confounders(self.environment)[self.keys] if self.inferred is None else self.inferred
         return known if self.annotated is None else np.where(self.annotated, known, -1)
 
     def only_annotated(self) -> "Split":
-        """The examples whose confounder training may know."""
+        """The examples whose confounder the budget grants."""
         if self.annotated is None:
             return self
-        return dataclasses.replace(self, keys=self.keys[self.annotated], annotated=None)
+        return dataclasses.replace(self.at(self.annotated), annotated=None)
+
+    def at(self, positions: Any) -> "Split":
+        """The examples at positions, a slice, a mask (N,) or numbers, with what is known of them."""
+        annotated = None if self.annotated is None else self.annotated[positions]
+        inferred = None if self.inferred is None else self.inferred[positions]
+        return dataclasses.replace(self, keys=self.keys[positions], annotated=annotated, inferred=inferred)
 
 
 def split_environments(
@@ -131,22 +139,23 @@ def selection_splits(dataset: MultipleDomainDataset, splits: Sequence[Split], te
     return [split for split in splits if split.kind != "in" or split.env not in trained]
 
 
-def annotate(splits: Sequence[Split], budget: float, trial_seed: int = 0) -> list[Split]:
-    """Training splits of which only a share of the images keeps its confounder.
+def annotate(splits: Sequence[Split], budget: float, trial_seed: int = 0, of: str = "training") -> list[Split]:
+    """Training or validation splits of which only a share of the images keeps its confounder.
 
     Which ones is a function of the trial seed, and a larger budget contains a smaller one.
 
     Args:
         budget: the share, from 0 to 1; all splits together keep ``round(budget * images)``.
+        of: "training" or "validation", whose draws are not the same.
 
     Raises:
         ValueError: the budget is no such share.
     """
     if not 0 <= budget <= 1:
-        raise ValueError(f"--annotation_budget {budget}: give the share of the training images, from 0 to 1")
-    if budget == 1:
+        raise ValueError(f"--{BUDGETS[of]} {budget}: give the share of the {of} images, from 0 to 1")
+    if budget == 1 or not splits:
         return list(splits)
-    ranks = [_annotation_order(split, trial_seed) for split in splits]
+    ranks = [_annotation_order(split, trial_seed, of) for split in splits]
     order = np.argsort(np.concatenate(ranks), kind="stable")
     chosen = np.zeros(len(order), dtype=bool)
     chosen[order[: round(budget * len(order))]] = True
@@ -157,7 +166,8 @@ def annotate(splits: Sequence[Split], budget: float, trial_seed: int = 0) -> lis
     ]
 
 
-def _annotation_order(split: Split, trial_seed: int) -> NDArray[np.float64]:
+def _annotation_order(split: Split, trial_seed: int, of: str) -> NDArray[np.float64]:
     """A number for each example; those with the smallest ones are annotated first."""
-    rng = np.random.RandomState(misc.seed_hash("annotation", trial_seed, split.env))
+    name = "annotation" if of == "training" else f"{of} annotation"
+    rng = np.random.RandomState(misc.seed_hash(name, trial_seed, split.env))
     return rng.random_sample(len(split.environment))[split.keys]

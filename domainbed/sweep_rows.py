@@ -7,6 +7,9 @@ from typing import Any
 
 from domainbed import overrides, registry
 
+Budget = tuple[float, float]  # shares of the training and of the validation images whose confounder is known
+FULL_BUDGET: Budget = (1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class SweepRow:
@@ -19,6 +22,9 @@ class SweepRow:
         hparams: overrides, laid over the sweep's.
         ranges: how hparams are drawn (``overrides.parse_ranges``), laid over the sweep's.
         control: whether the row's control follows it; None: as the sweep says.
+        confounders: as train's flag has them; None: as the sweep says.
+        budgets: the shares of annotated training and validation images at which the row is trained; None: as the sweep
+            says.
         on: for some datasets, by name, ``{"hparams": ..., "ranges": ...}`` that are laid over the row's there.
     """
 
@@ -28,6 +34,8 @@ class SweepRow:
     hparams: Mapping[str, Any] | None = None
     ranges: Mapping[str, Any] | None = None
     control: bool | None = None
+    confounders: Sequence[str] | None = None
+    budgets: Sequence[Budget] | None = None
     on: Mapping[str, Mapping[str, Any]] | None = None
 
     @classmethod
@@ -76,6 +84,7 @@ class SweepRow:
             "label": self.label,
             "hparams": merged_hparams(common_hparams, self.hparams),
             "ranges": ranges,
+            "confounders": None if self.confounders is None else list(self.confounders),
         }
         return {key: value for key, value in args.items() if value is not None}
 
@@ -94,6 +103,27 @@ def merged_hparams(common: str | None, own: Mapping[str, Any] | None) -> str | N
     """
     parsed = overrides.parse(common)
     return json.dumps(parsed | dict(own), sort_keys=True) if own else common
+
+
+def parse_budget(text: str) -> Budget:
+    """The shares in "0.05", of training and validation images alike, or in "0.05,1".
+
+    Raises:
+        ValueError: there are none.
+    """
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) not in (1, 2) or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{text!r} is no share from 0 to 1, nor two: training,validation")
+    return shares[0], shares[-1]
+
+
+def budget_args(budget: Budget) -> dict[str, float]:
+    """A budget of training and validation annotations as arguments of train; a full one is left out, as ever."""
+    named = zip(("annotation_budget", "validation_budget"), budget, strict=True)
+    return {name: share for name, share in named if share != 1}
 
 
 def control_hparams(algorithm: str) -> dict[str, Any]:

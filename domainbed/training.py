@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from domainbed import interruption, records, run_directory, snapshots
@@ -20,7 +21,7 @@ from domainbed.evaluation import Accuracy, autocast, evaluate
 from domainbed.loaders import Minibatch
 from domainbed.splits import Split
 
-Measured: TypeAlias = dict[tuple[int, str], tuple[float, dict[int, float], dict[int, int]]]  # an Accuracy's values
+Measured: TypeAlias = dict[tuple[int, str], tuple[float, dict[int, float], dict[int, int], int | None]]  # an Accuracy's
 
 MODEL_FILE = "model.pkl"
 BEST_MODEL_FILE = "model_best.pkl"
@@ -126,6 +127,8 @@ class Progress:
         measured: accuracies for the record under way, by split.
         best: highest validation score of a record.
         stopped: the training was ended before its last step.
+        stage: the stage that is under way, of a method that has several.
+        odds: how it draws the training images; None: all alike.
     """
 
     step: int = 0
@@ -134,6 +137,8 @@ class Progress:
     measured: Measured = field(default_factory=dict)
     best: float = -math.inf
     stopped: bool = False
+    stage: int = 0
+    odds: NDArray[np.float64] | None = None
 
     @property
     def updates(self) -> int:
@@ -228,7 +233,7 @@ def measure(algorithm: Any, splits: Sequence[Split], plan: Plan, device: torch.d
         if versions != _versions(algorithm):
             raise interruption.Unsaved(str(request)) from request
         raise
-    return {place: (accuracy.average, accuracy.groups, accuracy.counts) for place, accuracy in found.items()}
+    return {place: (a.average, a.groups, a.counts, a.images) for place, a in found.items()}
 
 
 def _versions(algorithm: Any) -> list[tuple[int, int]]:

@@ -508,3 +508,66 @@ def test_hparams(dataset: str, lr: float, lr_range: tuple[float, float], wd_rang
         assert all(low <= draw[name] <= high for draw in draws)
         assert len({draw[name] for draw in draws}) == (1 if low == high else 30)
     assert all(draw[name] == default[name] for draw in draws for name in readings)  # chosen, never drawn
+
+
+def hidden_in(minibatches: list[Minibatch], hide: Callable[[int], bool]) -> list[Minibatch]:
+    """The same, but of the images whose position in the step says so the confounder is not annotated."""
+    result, start = [], 0
+    for minibatch in minibatches:
+        hidden = torch.tensor([hide(start + i) for i in range(len(minibatch.c))])
+        result.append(Minibatch(*minibatch, c=minibatch.c.masked_fill(hidden, -1)))
+        start += len(hidden)
+    return result
+
+
+@pytest.mark.parametrize("shared", ["", "classifier", "features.9"])
+@pytest.mark.parametrize("policy", ["constant", "full"])
+def test_hidden_confounders_count_for_the_label_networks_risk_alone(shared: str, policy: str) -> None:
+    """One step of plain SGD against a loss of two batches: all images for the label, the annotated for the rest."""
+    sgd = {"optimizer": "sgd", "momentum": 0.0, "lr_l": 1.0, "lr_c": 1.0}
+    model = build(shared_from=shared, map_gradient=policy, lambda_1=0.7, lambda_2=2.0, **sgd).double()
+    minibatches = [Minibatch(x.double(), y, c=m.c) for m in step_data(1, rows=3) for x, y in [m]]
+    x, y, c = joined(minibatches)
+    seen = torch.arange(len(x)) % 3 > 0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    (_, label_maps), (logits, confounder_maps) = model.explain(x[seen], y[seen], c[seen])
+    similarity, watched = model.mean_similarity(label_maps, confounder_maps)
+    label_loss, confounder_loss = F.cross_entropy(model.predict(x), y), F.cross_entropy(logits, c[seen])
+    loss = label_loss + 0.7 * confounder_loss + 2 * similarity
+    slopes = torch.autograd.grad(loss, list(model.parameters()))
+
+    values = model.update(hidden_in(minibatches, lambda i: i % 3 == 0))
+    expected = {"loss": loss, "label_loss": label_loss, "confounder_loss": confounder_loss}
+    expected |= {"confounder_acc": (logits.argmax(1) == c[seen]).float().mean()}
+    assert values == pytest.approx({name: v.item() for name, v in expected.items()} | watched, rel=1e-5)
+    for (name, parameter), slope in zip(model.named_parameters(), slopes, strict=True):
+        torch.testing.assert_close(before[name] - parameter.detach(), slope, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_without_an_annotation_the_label_network_is_erms_to_the_bit(row: str) -> None:
+    model, erm = build(row), build(row)
+    optimizer = torch.optim.Adam(erm.network.parameters(), lr=1e-3)
+    for seed in range(3):
+        x, y, _ = joined(step_data(seed))
+        values = model.update(hidden_in(step_data(seed), lambda i: True))
+        loss = F.cross_entropy(erm.predict(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert values == {"loss": loss.item(), "label_loss": loss.item()} | dict.fromkeys(
+            KEYS - {"loss", "label_loss"}, 0
+        )
+    assert_equal_weights(model.network, erm.network)
+    assert_equal_weights(model.confounder_network, build(row).confounder_network)
+
+
+@pytest.mark.parametrize("reading", [*READINGS, {"shared_from": "features.9"}, {"map_method": "layer_cam"}])
+def test_readings_with_hidden_confounders_stay_finite(reading: dict[str, Any]) -> None:
+    model = build(values=2, **reading)
+    for seed, hide in enumerate([lambda i: i != 5, lambda i: i % 2 > 0, lambda i: True]):
+        values = model.update(hidden_in(step_data(seed, values=2), hide))
+        assert values.keys() == KEYS
+        assert all(map(math.isfinite, values.values()))
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())

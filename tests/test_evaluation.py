@@ -61,6 +61,36 @@ def test_splits_of_an_environment_are_measured_apart(columns: int) -> None:
     assert found[4, "out"] == Accuracy(2 / 3, {1: 1.0, 2: 0.0, 3: 1.0}, {1: 1, 2: 1, 3: 1})
 
 
+def test_groups_of_a_budget_are_the_annotated_ones() -> None:
+    env = environment([0, 1, 1, 0, 1, 0], y=[0, 1, 0, 0, 1, 1], c=[0, 0, 1, 1, 1, 0])
+    hidden, known = np.array([False] * 2), np.array([True, False, True])
+    splits = [
+        Split(1, "in", env, np.array([5]), 1),
+        Split(1, "out", env, np.array([0, 1, 2]), 1, annotated=known, inferred=np.array([1, 1, 0])),
+        Split(1, "uda", env, np.array([3, 4]), 0, annotated=hidden),
+    ]
+    found = evaluate(Reader(2), splits, 2, CPU)
+    assert found[1, "in"] == Accuracy(0.0, {2: 0.0}, {2: 1})
+    assert found[1, "out"] == Accuracy(2 / 3, {0: 1.0, 1: 0.0}, {0: 1, 1: 1}, 3)  # by the true confounders
+    assert found[0, "uda"] == Accuracy(1.0, {}, {}, 2)
+    assert records.accuracies(found, 4, (1, 1, 0, 0)) == {
+        "env1_in_acc": 0.0, "env1_in_wga": 0.0, "env1_in_group_mean_acc": 0.0, "env1_in_g2_acc": 0.0, "env1_in_g2_n": 1,
+        "env1_out_acc": 2 / 3, "env1_out_n": 3, "env1_out_wga": 0.0, "env1_out_group_mean_acc": 0.5,
+        "env1_out_adj_acc": 0.5, "env1_out_g0_acc": 1.0, "env1_out_g0_n": 1, "env1_out_g1_acc": 0.0, "env1_out_g1_n": 1,
+        "env0_uda_acc": 1.0, "env0_uda_n": 2, "train_g0_n": 1, "train_g1_n": 1,
+    }  # fmt: skip
+    assert records.accuracies({(1, "out"): found[1, "out"]}, 65).keys() == {
+        "env1_out_acc", "env1_out_n", "env1_out_wga", "env1_out_group_mean_acc", "env1_out_wga_g", "env1_out_wga_n",
+    }  # fmt: skip
+
+
+def test_a_budget_that_reaches_every_image_changes_no_accuracy() -> None:
+    correct, groups = np.array([True, False, True]), np.array([0, 0, 3])
+    whole, granted = measure(correct, groups), measure(correct, groups, np.ones(3, dtype=bool))
+    assert (granted.average, granted.groups, granted.counts) == (whole.average, whole.groups, whole.counts)
+    assert (whole.images, granted.images) == (None, 3)
+
+
 def test_no_confounder_no_groups() -> None:
     env = environment([0, 1], [0, 0], [0, 0])
     found = evaluate(Reader(2), [Split(0, "in", env, np.arange(2), 0)], 1, CPU)

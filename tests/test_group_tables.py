@@ -187,6 +187,27 @@ class TestGroupTables:
         assert set(algorithms) == {"ERM budget=0.05", "GroupDRO budget=0.05"}
         assert "budget" not in group_text(GROUPED)
 
+    def test_a_validation_budget_is_stated_and_explained(self):
+        hidden = groups((0.5, 0.25)) | {"env0_out_acc": 0.75, "env0_out_n": 40}
+        hidden = {key: n for key, n in hidden.items() if not re.match(r"env0_out_(g\d|wga)", key)}
+        records = [
+            record("ColoredMNIST", [2], args=[("validation_budget", 0.0)], **hidden),
+            record("ColoredMNIST", [2], algorithm="GroupDRO", args=[("validation_budget", 0.5)], **groups((0.75, 0.5))),
+        ]
+        _, _, _, _, note, _, *lines = group_text(records).split("\n\n")[0].split("\n")
+        assert note == group_tables.VALIDATION_NOTE
+        assert "by AA alone" in note
+        cells = {tuple(re.split("  +", line.strip())) for line in lines}
+        assert cells == {
+            ("ERM val_budget=0.0", "Uniform Env.", "50.0", "25.0"),
+            ("GroupDRO val_budget=0.5", "Uniform Env.", "75.0", "50.0"),
+        }
+        both = record("ColoredMNIST", [2], args=[("annotation_budget", 0.5), ("validation_budget", 0.0)], **hidden)
+        assert group_tables.budget_notes([Run.of(both["args"]).row]) == [
+            group_tables.BUDGET_NOTE,
+            group_tables.VALIDATION_NOTE,
+        ]
+
     def test_one_seed_has_no_spread(self):
         text = group_text(GROUPED[:1])
         assert "Percent; one seed;" in text

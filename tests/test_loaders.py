@@ -97,11 +97,52 @@ def test_draws_are_uniform_over_a_part_with_replacement() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 120  # chi-square, 75 degrees of freedom: p = 0.0008
 
 
+def lopsided(**options) -> TrainingLoader:
+    """A hundred images, of which the first ten are of class 1, in a single part."""
+    images = InMemoryEnvironment(torch.zeros(100, 1, 1, 1), (torch.arange(100) < 10).long(), torch.zeros(100))
+    return TrainingLoader(
+        [Split(0, "in", images, np.arange(100), 0)], partitions.REGISTRY["environment"], 5000, **options
+    )
+
+
 def test_class_balanced_draws() -> None:
-    lopsided = InMemoryEnvironment(torch.zeros(100, 1, 1, 1), (torch.arange(100) < 10).long(), torch.zeros(100))
-    split = Split(0, "in", lopsided, np.arange(100), 0)
-    balanced = TrainingLoader([split], partitions.REGISTRY["environment"], 1000, class_balanced=True)
-    assert 0.45 < next(iter(balanced))[0][1].float().mean() < 0.55
+    assert 0.45 < next(iter(lopsided(class_balanced=True)))[0][1].float().mean() < 0.55
+
+
+def test_odds_are_relative_within_a_part() -> None:
+    odds = np.tile([0.0, 1.0, 3.0, 0.0], 19) * np.repeat([1e-300, 1e300], 38)  # by environment
+    by_part = loader("environment", odds=odds)
+    for e, part in enumerate(np.split(np.concatenate([by_part.draw(s) for s in range(1000)]).reshape(1000, 24), 2, 1)):
+        shares = np.bincount(part.ravel() - 38 * e, minlength=38) / part.size
+        expected = odds[38 * e : 38 * (e + 1)] / odds[38 * e : 38 * (e + 1)].max()
+        assert (shares[expected == 0] == 0).all()
+        assert np.abs(shares - expected / expected.sum()).max() < 0.02
+
+
+def test_odds_are_multiplied_with_class_balance() -> None:
+    odds = np.where(np.arange(100) % 10 == 0, 4.0, 1.0)  # image 0 of class 1, nine of class 0
+    drawn = lopsided(class_balanced=True, odds=odds).draw(0)
+    rare, common = (4 + 9) / 10, (9 * 4 + 81) / 90
+    assert np.mean(drawn < 10) == pytest.approx(rare / (rare + common), abs=0.03)
+    assert np.mean(drawn == 0) == pytest.approx(0.4 / (rare + common), abs=0.03)
+    assert np.array_equal(lopsided(odds=np.full(100, 7.0)).draw(0), lopsided(odds=np.ones(100)).draw(0))
+
+
+def test_odds_that_are_none_are_refused() -> None:
+    first = np.arange(76) < 38
+    message = r"the odds of environment 3 are from {} to {}; give finite ones of at least 0, not all of them 0"
+    for wrong, found in ((0.0, ("0.0", "0.0")), (-1.0, ("-1.0", "-1.0")), (np.nan, ("nan", "nan"))):
+        with pytest.raises(ValueError, match=message.format(*found)):
+            loader("environment", odds=np.where(first, 1.0, wrong))
+    with pytest.raises(ValueError, match="to inf"):
+        loader("environment", odds=np.where(np.arange(76) == 40, np.inf, 1.0))
+    with pytest.raises(ValueError, match=r"odds of shape \(75,\): give one for each of the 76"):
+        loader("environment", odds=np.ones(75))
+
+
+def test_a_subset_depends_on_the_runs_seed() -> None:
+    first, again, other = ({*loader("group_subset", seed=seed).parts[0].positions} for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_a_batch_larger_than_its_split_is_drawn_with_replacement() -> None:
@@ -245,15 +286,20 @@ def test_hidden_confounders_are_marked_and_part_of_no_group() -> None:
         assert torch.equal(m.c, torch.where(known, m.i // 2 % 3, -1))
         assert torch.equal(m.g, torch.where(known, 3 * m[1] + m.i // 2 % 3, -1))
     by_group = minibatches("group")
-    assert [m.g.unique().tolist() for m in by_group] == [[0], [1], [2]]  # the labels of even positions are 0
+    assert [m.g.unique().tolist() for m in by_group] == [[0], [1], [2], [-1]]  # the labels of even positions are 0
+    assert by_group[3][1].unique().tolist() == [1]
     loader_ = TrainingLoader(hidden, partitions.REGISTRY["group"], 40, num_confounders=3)
     assert sum(loader_.group_counts(2)) == sum(int(split.annotated.sum()) for split in hidden)
 
 
-def test_groups_without_any_annotation_are_refused() -> None:
+def test_without_any_annotation_groups_are_drawn_as_labels_are() -> None:
     hidden = [dataclasses.replace(split, annotated=np.zeros(len(split), dtype=bool)) for split in splits()]
-    with pytest.raises(ValueError, match="the annotation budget leaves none"):
-        TrainingLoader(hidden, partitions.REGISTRY["group"], 12, num_confounders=3)
+    groups, labels = (
+        TrainingLoader(hidden, partitions.REGISTRY[partition], 12, num_confounders=3)
+        for partition in ("group", "label")
+    )
+    assert np.array_equal(groups.draw(3), labels.draw(3))
+    assert all((m.g == -1).all() and (m.c == -1).all() for m in next(iter(groups)))
 
 
 def test_ways_of_reading_are_not_mixed() -> None:

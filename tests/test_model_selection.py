@@ -1,11 +1,12 @@
 import itertools
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
 
-from domainbed import model_selection, registry
+from domainbed import model_selection, registry, scores
 from domainbed import records as keys
 from domainbed.lib.query import Q
 from domainbed.lib.reporting import get_grouped_records
@@ -342,6 +343,53 @@ class TestPooled:
         assert keys.has_groups({"env0_in_wga": 1})
 
 
+def budget_record(aa, wga=None, **place):
+    """As ``grouped_record``, of a validation budget that grants 20 of 40 validation images; without WGA none."""
+    values = grouped_record(0.5 if wga is None else aa, 0.5 if wga is None else wga, **place)
+    values |= {"env1_out_acc": aa, "env1_out_n": 40}
+    if wga is None:
+        values = {key: n for key, n in values.items() if not re.match(r"env1_out_(g\d|wga)", key)}
+    values["args"]["validation_budget"] = 0.0 if wga is None else 0.5
+    return values
+
+
+class TestValidationBudget:
+    @pytest.mark.parametrize("criterion", model_selection.CRITERIA)
+    def test_without_annotations_the_average_chooses(self, criterion):
+        steps = {4: 0.5, 2: 0.75, 3: 0.75, 1: NAN}
+        (choice,) = choose([budget_record(aa, step=step) for step, aa in steps.items()], criterion)
+        assert (choice.step, choice.score, choice.validation) == (2, 0.75, (0.75, None))  # the earliest of ties
+        assert choice.test == (0.5, 0.5)
+        assert choose([budget_record(NAN)], criterion) == []
+
+    def test_the_groups_that_are_granted_choose(self):
+        records = [budget_record(0.9, 0.1, step=1), budget_record(0.8, 0.6, step=2), budget_record(0.95, NAN, step=3)]
+        (choice,) = choose(records)
+        assert (choice.step, choice.validation) == (2, (0.8, 0.6))
+        assert choice.score == pytest.approx(0.7)
+        (by_wga,) = choose(records, "wga")
+        assert by_wga.score == 0.6
+
+    def test_the_average_is_of_all_images(self):
+        """In the pooled groups AA is .5: what is granted does not stand for the rest."""
+        values = budget_record(0.5, 0.25) | {"env2_out_acc": 1.0, "env2_out_n": 120}
+        (choice,) = choose([values])
+        assert choice.validation == (pytest.approx(7 / 8), 0.25)
+
+    def test_the_oracle_sees_all_test_confounders_whatever_the_budget(self):
+        records = [
+            budget_record(0.9, step=1),
+            budget_record(0.1, step=2) | {"env0_in_g0_acc": 1.0, "env0_in_g1_acc": 1},
+        ]
+        (choice,) = model_selection.choose_oracle(records)
+        assert (choice.step, choice.score) == (2, 1)
+
+    def test_domainbeds_own_method_takes_no_notice(self):
+        steps = [(0.6, 0.6), (0.7, 0.1), (0.5, 0.5)]
+        records = [budget_record(*accs, step=i) | {"env0_out_acc": 0.0} for i, accs in enumerate(steps)]
+        assert IIDAccuracySelectionMethod.run_acc(Q(records))["val_acc"] == 0.7
+
+
 class TestChoose:
     def test_the_criterion_is_an_argument(self):
         first = grouped_record(0.95, 0.3, hparams_seed=0)  # (AA + WGA) / 2 = .625
@@ -430,5 +478,5 @@ class TestChoose:
 
 
 def test_the_score_is_the_papers():
-    assert keys.aa_wga(0.8, 0.4) == pytest.approx(0.6)
-    assert math.isnan(keys.aa_wga(NAN, 0.4))
+    assert scores.aa_wga(0.8, 0.4) == pytest.approx(0.6)
+    assert math.isnan(scores.aa_wga(NAN, 0.4))

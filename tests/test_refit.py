@@ -126,6 +126,14 @@ def test_what_tables_add_by_themselves_is_in_no_label():
     assert len(make_jobs(args_list, "o")) == 2
 
 
+def test_a_validation_budget_stays_that_of_the_search():
+    budgets = {"validation_budget": 0.25}
+    [args] = refit.refit_args_list(refit.choose_draws([record(0.5, **budgets)]), [1])
+    assert (args["label"], args["validation_budget"]) == ("Penal", 0.25)
+    [job] = make_jobs([args], "o")
+    assert "--validation_budget 0.25" in job.command_str
+
+
 def test_a_control_gets_its_methods_draw():
     """Though another draw suits the control better."""
     records = [record(score, hparams_seed=seed, drawn={"lr": seed / 10}) for seed, score in ((1, 0.8), (2, 0.5))]

@@ -23,6 +23,7 @@ class TestRow:
             "partition": None, "label": None, "precision": "fp32", "steps": None, "checkpoint_freq": None,
             "hparams": None, "task": "domain_generalization", "holdout_fraction": 0.2, "uda_holdout_fraction": 0.0,
             "annotation_budget": 1, "input_pipeline": "pil", "confounders": None, "epochs": None, "ranges": None,
+            "validation_budget": 1.0,
         }  # fmt: skip
         assert Row.of(args(**defaults)) == Row.of(args(partition="environment", auto_lr=False)) == Row.of(args())
 
@@ -32,7 +33,7 @@ class TestRow:
             {"partition": "random"}, {"label": "mine"}, {"precision": "bf16"}, {"steps": 300}, {"holdout_fraction": 0},
             {"hparams": '{"lr": 1}'}, {"task": "domain_adaptation"}, {"some_new_flag": [1, 2]},
             {"annotation_budget": 0.05}, {"annotation_budget": 0.0}, {"input_pipeline": "cv2"},
-            {"confounders": ["sex"]}, {"epochs": 3}, {"ranges": '{"lr": "U(0, 1)"}'},
+            {"confounders": ["sex"]}, {"epochs": 3}, {"ranges": '{"lr": "U(0, 1)"}'}, {"validation_budget": 0.0},
         ],
     )  # fmt: skip
     def test_every_other_setting_makes_another_row(self, setting):
@@ -116,6 +117,12 @@ class TestRowNames:
             ["ERM budget=0.05", "ERM budget=0", "ERM", "ERM"]
         ]
         assert len(self.names([{**budget, "algorithm": "EX2L_MAE"}])[0][0]) == 20  # DomainBed's tables cut there
+
+    def test_a_validation_budget_is_always_stated(self):
+        budgets = {"annotation_budget": 0.05, "validation_budget": 0.0}
+        assert self.names([budgets, {"validation_budget": 0.2, "label": "mine"}]) == [
+            ["ERM budget=0.05 val_budget=0.0", "mine val_budget=0.2"]
+        ]
 
     def test_labelled_rows_of_other_budgets_need_no_more(self):
         cell = [{"label": "a", "annotation_budget": 0.1}, {"label": "a", "annotation_budget": 0.2}, {"label": "a"}]

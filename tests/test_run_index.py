@@ -76,6 +76,17 @@ def checkpoint(rng: Random, args: dict[str, Any], step: int, n_envs: int, groups
     return record
 
 
+def budgeted(rng: Random, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a run under a validation budget: the sizes of what validates; some splits lose their groups."""
+    args = lines[0]["args"]
+    splits = [(2, "in")] if args["dataset"] == "Official" else [(env, "out") for env in range(3)]
+    splits = [split for split in splits if split[0] not in args["test_envs"]]
+    hidden = tuple(f"env{env}_{kind}_{part}" for env, kind in splits for part in ("g", "wga") if rng.random() < 0.5)
+    more = {records.size_key(*split): rng.randint(1, 50) for split in splits}
+    more |= {"args": args | {"validation_budget": 0.1}}
+    return [{key: value for key, value in line.items() if not key.startswith(hidden)} | more for line in lines]
+
+
 def runs(rng: Random) -> Iterable[tuple[str, list[dict[str, Any]]]]:
     """Directory names and records of a sweep: rows, draws, trials, seeds, pairs of test environments, groups."""
     for dataset, groups in (("Debug28", 0), ("Plain", 0), ("Grouped", 2), ("Official", rng.choice([0, 2]))):
@@ -91,6 +102,8 @@ def runs(rng: Random) -> Iterable[tuple[str, list[dict[str, Any]]]]:
             for seed in range(rng.choice([1, 1, 2])):
                 steps = range(0, rng.choice([30, 50]), 10)
                 lines = [checkpoint(rng, args | {"seed": seed}, step, n_envs, groups) for step in steps]
+                if groups and rng.random() < 0.4:
+                    lines = budgeted(rng, lines)
                 cut = rng.choice([0, 0, 0, 0, 2])  # the records of some runs lie in two directories
                 yield f"{rng.getrandbits(40):010x}", lines[cut:]
                 if cut:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from domainbed import registry, screening_tables
@@ -74,6 +76,14 @@ class TestScreeningTable:
         wga = {"env0_in": 0.2, "env1_in": 0.4, "env2_in": 0.1, "env3_in": 0.7}
         lines = screening_text([record("ERM", wga, "Ours", test_envs=(3,))]).split("\n")
         assert lines[7].split()[-3:] == ["30.0", "10.0", "*"]
+
+    def test_without_validation_groups_there_is_no_val_wga_and_no_finalist(self):
+        hidden = record("ERM", splits(0.25, 0.75), validation_budget=0.0) | {"env0_out_n": 10, "env1_out_n": 10}
+        hidden = {key: n for key, n in hidden.items() if not re.match(r"env\d_out_(g\d|wga)", key)}
+        text = screening_text([hidden, record("GroupDRO", splits(0.5, 0.5))])
+        assert re.search(r"ERM val_budget=0.0 +Uniform Env. +25.0 +X$", text, re.M)
+        assert text.endswith("ColoredDigits: best algorithms by Val WGA: GroupDRO (Uniform Env.) 50.0\n")
+        assert "best algorithms" not in screening_text([hidden])
 
     def test_every_tie_is_marked(self):
         ties = [record(name, splits(0.5, 0.25)) for name in ("ERM", "GroupDRO")]

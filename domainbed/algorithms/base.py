@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from domainbed.registry import Registry
-from domainbed.stages import Stage, StageData
+from domainbed.stages import Stage
+
+if TYPE_CHECKING:
+    from domainbed.samples import StageData
 
 DOMAINBED_ORDER = (
     "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN", "CDANN", "MTL",
@@ -75,6 +78,8 @@ class Algorithm(nn.Module):
     Class attributes:
         HPARAMS: own hparams, name -> ``(default, draw)`` with ``draw(RandomState)``, or name -> function of the
             dataset's traits that returns such a pair; added to those of the bases and to the shared table.
+        OPTIONAL_HPARAMS: own hparams that are read where they are given, name -> default, and that no table holds: of
+            DomainBed's algorithms, whose tables are DomainBed's.
         PARTITION: the partition that ``train`` takes unless told otherwise.
         MIN_PARTS: the fewest minibatches that ``update`` can work with.
         NEEDS_CONFOUNDERS: True if ``update`` reads confounders: then it is given annotated images only.
@@ -89,6 +94,7 @@ class Algorithm(nn.Module):
     """
 
     HPARAMS: ClassVar[Mapping[str, HparamsEntry]] = {}
+    OPTIONAL_HPARAMS: ClassVar[Mapping[str, Any]] = {}
     PARTITION: ClassVar[str] = "environment"
     MIN_PARTS: ClassVar[int] = 1
     NEEDS_CONFOUNDERS: ClassVar[bool] = False
@@ -133,7 +139,7 @@ class Algorithm(nn.Module):
         """Logits (B, K) of images x (B, C, H, W)."""
         raise NotImplementedError
 
-    def begin_stage(self, stage: str, data: StageData) -> NDArray[np.float64] | None:
+    def begin_stage(self, stage: str, data: "StageData") -> NDArray[np.float64] | None:
         """Called once before the first update of each stage but the first, in evaluation mode, without gradients.
 
         Args:
@@ -166,9 +172,14 @@ def make_optimizer(
         betas: of Adam.
 
     Raises:
-        ValueError: another optimizer is named.
+        ValueError: another optimizer is named, or there is nothing to train.
     """
-    name = hparams.get("optimizer", "adam")
+    parameters, name = list(parameters), hparams.get("optimizer", "adam")
+    if not parameters:
+        raise ValueError(
+            "one of the method's optimizers has nothing to train: its network has no weights, as the backbone identity "
+            "has none; take another backbone or method"
+        )
     if name == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, betas=betas)
     if name == "sgd":

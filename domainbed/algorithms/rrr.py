@@ -10,13 +10,14 @@ from torch import Tensor
 from domainbed.algorithms.base import Minibatches, concatenate, confounders, masks, register
 from domainbed.algorithms.erm import ERM
 from domainbed.algorithms.explained import check_not_negative
-from domainbed.algorithms.two_networks import TwoNetworks, risk
+from domainbed.algorithms.two_networks import TwoNetworks, accuracy, annotated, mean, risk, watched
 from domainbed.attribution import differentiable
-from domainbed.lib.misc import predicted_labels
-from domainbed.similarities import describe, normalise
+from domainbed.similarities import normalise
 
 
-def input_gradient_penalty(logits: Tensor, x: Tensor, forbidden: Tensor, trained: bool) -> Tensor:
+def input_gradient_penalty(
+    logits: Tensor, x: Tensor, forbidden: Tensor, trained: bool, rows: Any = slice(None)
+) -> Tensor:
     """``mean_icp (A_ip d/dx_icp sum_k log p_ik)^2``: how much predictions depend on forbidden pixels.
 
     All images share one backward pass, that of the sum over the images: where they meet in a batch norm in training
@@ -25,17 +26,19 @@ def input_gradient_penalty(logits: Tensor, x: Tensor, forbidden: Tensor, trained
     Args:
         logits: (B, K) of x; (B, 1) is a binary classifier with one logit.
         x: images (B, C, H, W), the leaf of the graph.
-        forbidden: A, (B, H, W) in [0, 1], a constant.
+        forbidden: A, (n, H, W) in [0, 1], a constant.
         trained: the penalty is differentiable; else it is a number. The graph of the logits is kept in any case.
+        rows: index of the n images that pay.
 
     Returns:
-        Scalar mean over images i, channels c and all pixels p, also those where A is 0; float32 also under autocast.
+        Scalar mean over these images i, channels c and all pixels p, also those where A is 0; 0 without an image;
+        float32 also under autocast.
     """
     if logits.shape[1] == 1:
         logits = F.pad(logits, (1, 0))  # sigmoid(z) is the softmax of (0, z)
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
     (gradient,) = torch.autograd.grad(log_p.sum(), x, create_graph=trained, retain_graph=True)
-    return (forbidden[:, None] * gradient).square().mean()
+    return mean((forbidden[:, None] * gradient[rows]).square())
 
 
 @register
@@ -89,7 +92,9 @@ class RRR_Confounder(TwoNetworks):
     ``L = CE(f(x), y) + lambda_1 CE(g(x), c) + rrr_lambda P``, P the penalty of ``RRR`` on the label network f with
     ``A_ip = [H^C_ip > rrr_threshold max_p H^C_ip]``, where H^C_i is Grad-CAM of the true confounder by the confounder
     network g, enlarged to the image's size (bilinear) before its maximum is taken. A is a constant, and 0 for an image
-    whose heatmap is all zero. Where label and confounder share pixels, A covers the object, too.
+    whose heatmap is all zero. Where label and confounder share pixels, A covers the object, too. Images whose
+    confounder the annotation budget hides count for the risk of f alone: the other two terms are means over the
+    annotated images of a step, 0 without any.
 
     Source: the penalty is that of Ross, Hughes and Doshi-Velez 2017, https://arxiv.org/abs/1703.03717; confounder
         labels in place of its masks are ours.
@@ -104,6 +109,7 @@ class RRR_Confounder(TwoNetworks):
     """
 
     PARTITION = "group"
+    TAKES_HIDDEN = True
     HPARAMS = {
         "lambda_1": (1.0, lambda r: 10 ** r.uniform(-1, 2)),
         "rrr_lambda": (100.0, lambda r: 10 ** r.uniform(-1, 3)),
@@ -124,19 +130,21 @@ class RRR_Confounder(TwoNetworks):
         x, c, weight = x.detach().requires_grad_(), confounders(minibatches), self.hparams["rrr_lambda"]
         with differentiable("full" if weight else "none"):
             (label_logits, label_maps), (confounder_logits, confounder_maps) = self.explain(x, y, c)
+        known = annotated(c)
+        c, confounder_logits, confounder_maps = c[known], confounder_logits[known], confounder_maps[known]
         forbidden = self.forbidden(confounder_maps, x.shape[2:])
         label_loss, confounder_loss = risk(label_logits, y), risk(confounder_logits, c)
-        penalty = input_gradient_penalty(label_logits, x, forbidden, trained=weight > 0)
+        penalty = input_gradient_penalty(label_logits, x, forbidden, weight > 0, known)
         loss = label_loss + self.hparams["lambda_1"] * confounder_loss + weight * penalty
         self.step(loss)
         return {
             "loss": loss.item(),
             "label_loss": label_loss.item(),
             "confounder_loss": confounder_loss.item(),
-            "confounder_acc": (predicted_labels(confounder_logits) == c).float().mean().item(),
+            "confounder_acc": accuracy(confounder_logits, c),
             "penalty": penalty.item(),
-            "forbidden_share": forbidden.mean().item(),
-            **describe(label_maps, confounder_maps),
+            "forbidden_share": mean(forbidden).item(),
+            **watched(label_maps[known], confounder_maps),
         }
 
     def forbidden(self, heatmaps: Tensor, size: Sequence[int]) -> Tensor:

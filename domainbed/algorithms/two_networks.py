@@ -7,19 +7,44 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed import networks
+from domainbed import networks, similarities
 from domainbed.algorithms.base import Algorithm, Task, descend, learning_rate, make_optimizer, weight_decay
 from domainbed.algorithms.explained import MAP_HPARAMS, check_choices, map_layer, require_maps
 from domainbed.attribution import METHODS, POLICIES, differentiable, heatmaps
 from domainbed.branches import Branch, trunk_output
 from domainbed.feature_maps import capture, has_active_dropout, has_linear_head
+from domainbed.lib.misc import predicted_labels
 
 
 def risk(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy, nats, of logits (B, K); of one logit (B, 1), which speaks for class 1, too."""
+    """Mean cross-entropy, nats, of logits (B, K); of one logit (B, 1), which speaks for class 1, too; 0 of no image."""
+    if not len(target):
+        return logits.sum()
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype))
     return F.cross_entropy(logits, target)
+
+
+def accuracy(logits: Tensor, target: Tensor) -> float:
+    """Share of right predictions, of logits (B, K) or (B, 1); 0 of no image."""
+    return mean((predicted_labels(logits) == target).float()).item()
+
+
+def mean(values: Tensor) -> Tensor:
+    """Scalar; 0 of no value."""
+    return values.mean() if values.numel() else values.sum()
+
+
+def annotated(c: Tensor) -> Any:
+    """An index of the rows whose confounder c (B,) is known (not -1); of all of them, one that copies nothing."""
+    known = c >= 0
+    return slice(None) if bool(known.all()) else known
+
+
+def watched(label_maps: Tensor, confounder_maps: Tensor) -> dict[str, float]:
+    """What ``similarities.describe`` tells of heatmaps (B, h, w); 0 of no image."""
+    values = similarities.describe(label_maps, confounder_maps)
+    return {name: value if len(label_maps) else 0.0 for name, value in values.items()}
 
 
 def _check_one_logit(num_classes: int, num_confounders: int) -> None:
@@ -31,6 +56,8 @@ def _check_one_logit(num_classes: int, num_confounders: int) -> None:
 
 class TwoNetworks(Algorithm):
     """A label network f and a confounder network g that can say where they look; what trains them is the subclass's.
+
+    A subclass whose ``update`` leaves images without a confounder (-1) to the label network says ``TAKES_HIDDEN``.
 
     Hparams:
         lr_l, lr_c: learning rates of the label and of the confounder network.
@@ -116,7 +143,11 @@ class TwoNetworks(Algorithm):
         return self._featurizer(input_shape)
 
     def explain(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Logits and heatmaps (B, h, w) of the label and of the confounder network, for targets y and c (B,)."""
+        """Logits and heatmaps (B, h, w) of the label and of the confounder network, for targets y and c (B,).
+
+        Where c is -1 the confounder's heatmap is that of value 0, and not to be used: see ``annotated``.
+        """
+        c = c.clamp_min(0)
         with differentiable(self.hparams["map_gradient"]):
             with capture(self._map_layer(self.featurizer)) as seen, self._trunk() as trunk:
                 features = self.featurizer(x)

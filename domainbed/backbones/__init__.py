@@ -10,6 +10,7 @@ from typing import Any
 
 from domainbed.backbones.base import BACKBONES, Backbone, MapTap
 from domainbed.backbones.dinov2 import DinoV2
+from domainbed.backbones.identity import identity
 from domainbed.backbones.timm_models import TimmBackbone
 from domainbed.backbones.torchvision_models import ResNet, TorchvisionBackbone
 from domainbed.messages import not_found
@@ -25,14 +26,14 @@ def build(name: str, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> 
 
     Args:
         name: in ``BACKBONES``, or "timm:NAME" or "torchvision:NAME" for a model of these libraries.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W), or (D,) for the identity.
         hparams: read by the featurizer.
 
     Raises:
         NotImplementedError: no backbone of that name.
         ValueError: the shape is no image's, or a flag in hparams names another network.
     """
-    if len(input_shape) != 3:
+    if len(input_shape) != 3 and name != identity.__name__:
         raise ValueError(f"backbone {name} takes images (C, H, W), not shape {tuple(input_shape)}; leave it out")
     for flag in _FLAGS:
         if hparams.get(flag, False) and name != flag:

@@ -27,6 +27,7 @@ from domainbed.model_selection import (
     validation_splits,
 )
 from domainbed.rows import NOT_ROW
+from domainbed.scores import Granted, aa_wga
 
 WITHIN = 1e-9  # of the best: kept
 
@@ -37,10 +38,13 @@ class Pool(NamedTuple):
     Attributes:
         groups: the places of accuracy and count in each split that has the group.
         splits: the places of AA and WGA of each split, where groups are not written one by one.
+        sizes: the places of AA and count of each split under a validation budget, whose AA is of all images; WGA is
+            of groups or splits, and there is none if both are empty.
     """
 
     groups: tuple[tuple[tuple[int, int], ...], ...]
     splits: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 class Plan(NamedTuple):
@@ -99,6 +103,18 @@ def _plan(shape: Keys, dataset: str, test_envs: tuple[int, ...], official: tuple
 
 
 def _pool(record: dict[str, Any], place: dict[str, int], splits: Sequence[tuple[int, str]]) -> Pool | None:
+    pool = _annotated_pool(record, place, keys.annotated_splits(record, splits))
+    sizes = _both(place, [(keys.acc_key(*split), keys.size_key(*split)) for split in splits])
+    return pool if sizes is None else (pool or Pool((), ()))._replace(sizes=sizes)
+
+
+def _both(place: dict[str, int], pairs: Sequence[tuple[str, str]]) -> tuple[tuple[int, int], ...] | None:
+    """The places of pairs of keys; None without any, or if one is missing."""
+    known = all(first in place and second in place for first, second in pairs)
+    return tuple((place[first], place[second]) for first, second in pairs) if pairs and known else None
+
+
+def _annotated_pool(record: dict[str, Any], place: dict[str, int], splits: Sequence[tuple[int, str]]) -> Pool | None:
     metrics = [keys.group_metrics(record, *split) for split in splits]  # places instead of numbers
     if metrics and all(metric.n for metric in metrics):
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -106,17 +122,21 @@ def _pool(record: dict[str, Any], place: dict[str, int], splits: Sequence[tuple[
             for g, n in metric.n.items():
                 found[g].append((int(metric.acc[g]), n))
         return Pool(tuple(tuple(places) for places in found.values()), ())
-    pairs = [(place.get(keys.acc_key(*split)), place.get(keys.wga_key(*split))) for split in splits]
-    known = tuple((acc, wga) for acc, wga in pairs if acc is not None and wga is not None)
-    return Pool((), known) if known and len(known) == len(pairs) else None
+    known = _both(place, [(keys.acc_key(*split), keys.wga_key(*split)) for split in splits])
+    return None if known is None else Pool((), known)
 
 
 def _pooled(lines: Sequence[Values], pool: Pool) -> tuple[Any, Any]:
-    """AA and WGA (N,) of N lines, up to rounding those of ``records.pooled``."""
+    """AA and WGA (N,) of N lines, up to rounding those of ``records.granted``; WGA is None where it has none."""
 
     def column(place: int) -> Any:
         return np.array([line[place] for line in lines], dtype=float)
 
+    if pool.sizes:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            aa = sum(column(acc) * column(n) for acc, n in pool.sizes) / sum(column(n) for _, n in pool.sizes)
+        known = pool.groups or pool.splits
+        return aa, _pooled(lines, pool._replace(sizes=()))[1] if known else None
     if not pool.groups:
         aa = sum(column(acc) for acc, _ in pool.splits) / len(pool.splits)
         return aa, np.min([column(wga) for _, wga in pool.splits], axis=0)
@@ -135,12 +155,12 @@ def _scores(lines: Sequence[Values], plan: Plan) -> Iterator[list[float]]:
         yield [math.fsum(accs(line)) for line in lines]
     if plan.validation is None or plan.test is None:
         return
-    validation = _pooled(lines, plan.validation)
+    validation = Granted(*_pooled(lines, plan.validation))
+    unseen = np.isnan(validation.score())  # what validation can't judge is not in the running
     for criterion in CRITERIA.values():
-        yield np.asarray(criterion(*validation)).tolist()
-    unseen = np.isnan(sum(validation))  # what validation can't judge is not in the running
+        yield np.where(unseen, np.nan, validation.score(criterion)).tolist()
     aa, wga = _pooled(lines, plan.test)
-    yield np.where(unseen, np.nan, keys.aa_wga(aa, wga)).tolist()
+    yield np.where(unseen, np.nan, aa_wga(aa, wga)).tolist()
 
 
 def _near_best(scores: Sequence[float]) -> list[int]:

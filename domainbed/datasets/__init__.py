@@ -1,23 +1,25 @@
 """Datasets by name; every module of this folder is imported and its classes stand here, as DomainBed's users expect."""
 
+from pathlib import Path
 from typing import Any
 
 from domainbed import registry
-from domainbed.datasets import manifest
+from domainbed.datasets import feature_file, manifest
 from domainbed.datasets.base import REGISTRY, MultipleDomainDataset
 
 DATASETS = REGISTRY.names  # live
+_FROM_FILE = {".csv": manifest.from_file, ".npz": feature_file.from_file}
 
 
 def get_dataset_class(dataset_name: str) -> type[MultipleDomainDataset]:
-    """The dataset class of that name: registered, or set on this module from outside, or made of that CSV file.
+    """The dataset class of that name: registered, or set on this module from outside, or made of that file.
 
     Raises:
         NotImplementedError: no such dataset; a mere base of registered datasets is none.
-        FileNotFoundError, ValueError: the CSV file is missing, or holds no dataset.
+        FileNotFoundError, ValueError: the file is missing, or holds no dataset.
     """
     if registry.is_file(dataset_name):
-        return manifest.from_file(dataset_name)
+        return _FROM_FILE[Path(dataset_name).suffix.lower()](dataset_name)
     found = globals().get(dataset_name)
     if isinstance(found, type) and getattr(found, "ENVIRONMENTS", None) and not _is_mere_base(found):
         return found

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from domainbed import records as keys
 from domainbed.model_selection import CRITERIA, validation_splits
+from domainbed.scores import Pooled
 
 Record = Mapping[str, Any]
 Splits = Sequence[tuple[int, str]]
@@ -67,7 +68,7 @@ def curves(records: Sequence[Record], criterion: str) -> Curves | None:
     )
 
 
-def _series(judged: Sequence[tuple[keys.Pooled, keys.Pooled]]) -> dict[str, list[float | None]]:
+def _series(judged: Sequence[tuple[Pooled, Pooled]]) -> dict[str, list[float | None]]:
     """AA and WGA over the steps by name; a series without any number is left out."""
     found = {}
     for i, kind in enumerate(("test", "validation")):
@@ -81,16 +82,16 @@ def rounded(value: float) -> float | None:
     return round(value, DIGITS) if math.isfinite(value) else None
 
 
-def _aa_wga(record: Record, splits: Splits) -> keys.Pooled:
+def _aa_wga(record: Record, splits: Splits) -> Pooled:
     """AA and WGA of the splits together, NaN where not measured; without groups AA is the mean of the splits'."""
-    found = keys.pooled(record, splits)
+    found = keys.granted(record, splits)
     if found is not None:
-        return found
+        return Pooled(found.aa, math.nan if found.wga is None else found.wga)
     accs = [record.get(keys.acc_key(*split), math.nan) for split in splits]
-    return keys.Pooled(sum(accs) / len(accs) if accs else math.nan, math.nan)
+    return Pooled(sum(accs) / len(accs) if accs else math.nan, math.nan)
 
 
-def _best(judged: Sequence[keys.Pooled], criterion: str) -> int | None:
+def _best(judged: Sequence[Pooled], criterion: str) -> int | None:
     """The earliest checkpoint that is best on validation."""
     scores = [pooled.aa if math.isnan(pooled.wga) else CRITERIA[criterion](*pooled) for pooled in judged]
     known = [position for position, score in enumerate(scores) if not math.isnan(score)]

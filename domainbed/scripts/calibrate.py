@@ -50,7 +50,9 @@ def step_seconds(run: Any) -> float:
     plan = dataclasses.replace(run.plan, splits=(), steps=_MOST_UPDATES + 1, checkpoint_freq=_MOST_UPDATES + 1)
     unlabeled = None if run.unlabeled is None else ([x for x, _ in step] for step in run.unlabeled)
     first, times = 0.0, []
-    for _ in training.train(run.algorithm, iter(run.minibatches), unlabeled, plan, run.device, progress):
+    for _ in training.train(
+        run.algorithm, iter(run.stages[0].minibatches(None)), unlabeled, plan, run.device, progress
+    ):
         if not progress.updated:
             continue
         times = progress.values["step_time"]
@@ -70,7 +72,7 @@ def evaluation_seconds(run: Any) -> tuple[float, bool]:
         return timed(lambda: evaluation.evaluate(run.algorithm, splits, *asked))
 
     for images in (64 * 4**power for power in itertools.count()):
-        part = dataclasses.replace(plan.splits[0], keys=plan.splits[0].keys[:images])
+        part = plan.splits[0].at(slice(images))
         estimate = evaluate([part]) * total / len(part)
         if estimate <= _CAP_S:
             return evaluate(plan.splits), False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed import explanation_records, model_selection, run_index
+from domainbed.budget_tables import budget_tables
 from domainbed.control_tables import comparison_tables, comparisons_tables, control_tables
 from domainbed.efficiency_tables import check_reference, efficiency_tables
 from domainbed.explanation_tables import explanation_tables
@@ -208,6 +209,7 @@ NAMED: dict[str, tuple[str, Make]] = {
     "per_group": ("Accuracy of each group", lambda sweep: per_group_tables(sweep.found.grouped)),
     "selection": ("What each model selection chooses", lambda sweep: selection_tables(sweep.found.grouped)),
     "efficiency": ("Efficiency", _efficiency),
+    "budgets": ("Worst-group accuracy by annotation budget", lambda sweep: budget_tables(sweep.found.grouped)),
     "ranks": ("Average ranks", lambda sweep: rank_tables(sweep.found.grouped)),
 }
 # ... and these where a flag of their own asks for them.
@@ -219,6 +221,7 @@ FLAGGED: dict[str, tuple[str, Make]] = {
 EVERY = "all"
 NEEDS = {
     "": "it needs runs on datasets with groups",
+    "budgets": "it needs runs at two annotation budgets or more, on datasets with groups",
     "ranks": "it needs two rows or more, and a dataset with groups on which each of them has a WGA",
 }
 RESULTS = "results"

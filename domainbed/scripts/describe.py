@@ -27,7 +27,7 @@ SEED = 0  # of datasets that draw their images, and of the pictures chosen
 
 def parser() -> argparse.ArgumentParser:
     p = DomainBedParser(("dataset", "data_dir", "hparams", "test_envs"), description=__doc__)
-    p.add_argument("--dataset", required=True, help="a name, or the path of a CSV file")
+    p.add_argument("--dataset", required=True, help="a name, or the path of a CSV file or a file of features")
     p.add_argument("--data_dir", help="directory of the datasets; the embedded ones need none")
     p.add_argument("--test_envs", type=int, nargs="+", help="default: the dataset's own, else 0")
     p.add_argument("--hparams", help='JSON object that overrides hparams, like {"image_size": 64}')
@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
         dataset = build(args)
         facts = survey(dataset, args["test_envs"])
     print(card(dataset, facts, chosen=getattr(dataset, "TEST_ENVS", None) is None))
+    if len(dataset.input_shape) == 1:
+        print("\nNo contact sheet: these are features, not images.")
+        return 0
     sheet = contact_sheet(dataset, facts)
     with bad_input():
         sheet.save(output, format="PNG")

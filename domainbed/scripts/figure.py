@@ -16,6 +16,7 @@ KINDS = {  # each is a module here, figure_KIND, with add_arguments(parser) and 
     "curves": "accuracy of each group over the training",
     "scatter": "average against worst-group accuracy, with intervals",
     "time": "training time against worst-group accuracy",
+    "budget": "worst-group accuracy against the annotations that were granted",
     "ranks": "average ranks over datasets, with the critical difference",
 }
 

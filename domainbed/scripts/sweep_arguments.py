@@ -8,7 +8,7 @@ from domainbed import command_launchers, loggers, registry
 from domainbed.jobs import EXCLUSIVE
 from domainbed.scripts.arguments import DomainBedParser, seconds
 from domainbed.scripts.sweep_file import read_sweep_file
-from domainbed.sweep_rows import SweepRow
+from domainbed.sweep_rows import Budget, SweepRow, parse_budget
 
 DOMAINBED_FLAGS = (
     "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "output_dir", "data_dir", "seed", "n_trials",
@@ -75,6 +75,13 @@ def _environments(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of environments such as 0 or 1,2") from None
 
 
+def _budget(text: str) -> Budget:
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def make_parser() -> DomainBedParser:
     """The parser; whatever a sweep file may set has no default here that would hide it."""
     parser = DomainBedParser(
@@ -139,6 +146,14 @@ def make_parser() -> DomainBedParser:
     add("--input_pipeline", choices=["pil", "cv2", "device"], help="how image files are opened; default: pil")
     add("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
     add("--annotation_budget", type=float, help="share of training images with a known confounder; default: 1")
+    add("--validation_budget", type=float, help="share of validation images, for selection, likewise; default: 1")
+    add(
+        "--budgets",
+        nargs="+",
+        type=_budget,
+        metavar="SHARE[,SHARE]",
+        help="each row at each of these budgets, of training and validation images alike, or as a pair",
+    )
     add("--mask_dir", help="folder of your own masks, in place of the datasets'")
     add("--explain", type=_at_least(1), metavar="N", help="measure the explanations of N images a test environment")
     add("--no_model_save", dest="skip_model_save", action="store_true", help="store no model.pkl")

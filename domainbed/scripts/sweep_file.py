@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from domainbed import jobs, messages, overrides, registry
 from domainbed.scripts import toml_lines
-from domainbed.sweep_rows import SweepRow, control_hparams, no_controls
+from domainbed.sweep_rows import SweepRow, control_hparams, no_controls, parse_budget
 
 _ON = ("hparams", "ranges")  # what a row says of a dataset
 _KINDS: dict[str, tuple[type, str]] = {  # of a row's keys; the others are texts
@@ -22,6 +22,8 @@ _KINDS: dict[str, tuple[type, str]] = {  # of a row's keys; the others are texts
     "ranges": (dict, "a table"),
     "on": (dict, "a table"),
     "control": (bool, "true or false"),
+    "confounders": (list, "a list of texts"),
+    "budgets": (list, "a list of shares"),
 }
 _TEXT = (str, "a text in quotes")
 # By what a flag makes of "1": what it takes in a file.
@@ -30,6 +32,7 @@ _TAKES: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: ((str,), "a text in quotes"),
     list: ((int, list, str), "an environment or a list of them"),
+    tuple: ((int, float, list, str), "a share, or a list of two: training, validation"),
 }
 
 
@@ -222,7 +225,9 @@ def _row(file: _File, where: toml_lines.Path, entry: Any) -> SweepRow:
         _check_table(file, (*where, key), entry.get(key, {}))
     for dataset, there in entry.get("on", {}).items():
         _check_on(file, (*where, "on", dataset), dataset, there)
-    return SweepRow(**entry)
+    with file.at(*where, "budgets"):
+        budgets = [parse_budget(_word(value)) for value in entry.get("budgets", [])]
+    return SweepRow(**entry | {"budgets": budgets or None})
 
 
 def _check_on(file: _File, where: toml_lines.Path, dataset: str, there: Any) -> None:

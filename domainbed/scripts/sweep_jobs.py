@@ -38,6 +38,7 @@ def _asked(args: argparse.Namespace) -> list[Job]:
         args.hparams,
         rows=args.rows,
         test_envs_list=args.test_envs_list,
+        budgets=args.budgets,
         official_test_envs=bool(args.official_test_envs),
         controls=args.controls,
         **{key: getattr(args, key) for key in EXTRAS},

@@ -85,6 +85,12 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
     )
+    p.add_argument(
+        "--validation_budget",
+        type=float,
+        default=1.0,
+        help="share of validation images whose confounder selection may use; 0: it goes by the average accuracy",
+    )
     p.add_argument("--mask_dir", help="folder of your own masks, in place of the dataset's (docs/datasets.md)")
     p.add_argument("--keep_best", choices=("aa_wga",), help="also keep the model that is best on validation")
     p.add_argument(

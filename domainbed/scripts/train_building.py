@@ -1,24 +1,30 @@
 """What a training is made of, from its arguments and hparams: dataset, splits, minibatches, plan and algorithm."""
 
+import functools
 import inspect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from domainbed import datasets, mask_files, notices, partitions, predictors, training
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.explainers import Explainer
+from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader, group_counts
-from domainbed.scripts.train_execution import Run
+from domainbed.samples import Sample, StageData
+from domainbed.scripts.train_execution import Run, RunStage
 from domainbed.seeding import seed_hash
 from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
+from domainbed.stages import Stage, ends
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 
@@ -35,7 +41,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
     training.keep_freed_memory()
     dataset, splits = build_data(args, hparams)
     test_envs = args["test_envs"]
-    validation = validation_splits(dataset, splits, test_envs)
+    validation = granted(dataset, validation_splits(dataset, splits, test_envs), args)
     stopping = early_stopping(hparams)
     if not (dataset.num_confounders > 1 and validation):
         refuse_what_needs_validation(args, hparams)
@@ -43,27 +49,86 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
     known = annotated(dataset, trained, args)
-    minibatches = build_loader(
-        known, args["partition"], dataset, args, hparams, len(trained), needs_masks(dataset, args), loader
+    draw = functools.partial(
+        build_loader,
+        dataset=dataset,
+        args=args,
+        hparams=hparams,
+        num_environments=len(trained),
+        with_masks=needs_masks(dataset, args),
+        loader=loader,
     )
-    if sum(len(part.positions) for part in minibatches.parts) < sum(map(len, trained)):
+    minibatches = draw(known, args["partition"])
+    reads_confounders = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False)
+    if reads_confounders or args["partition"] in partitions.BY_CONFOUNDER:
         notices.report_not_annotated(dataset, trained, known)
     adapts = args["task"] == "domain_adaptation"
     unlabeled = build_unlabeled(splits, dataset, args, hparams, loader) if adapts else None
-    counts = minibatches.group_counts(dataset.num_classes)
     measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
+    budgeted = {(split.env, split.kind): split for split in validation}
+    measured = [budgeted.get((split.env, split.kind), split) for split in measured]
     smallest = min(len(split) for split in splits if split.kind == "in")
     shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
     pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
     plan = build_plan(dataset, measured, smallest / hparams["batch_size"], pass_steps, args, shares)
-    shape, parts = tuple(dataset.input_shape), len(minibatches.parts)
-    task = Task(shape, dataset.num_classes, parts, dataset.num_confounders, counts, plan.steps)
+    task = build_task(dataset, minibatches, plan.steps)
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     if args["explain"]:
-        Explainer(algorithm).check(shape)  # now, not when the training is over
+        Explainer(algorithm).check(task.input_shape)  # now, not when the training is over
+    data = StageData(build_sample(dataset, known), build_sample(dataset, validation))
+    stages = build_stages(algorithm, minibatches, plan, hparams, data, draw, args["partition"])
     return Run(
-        args, hparams, task, algorithm, minibatches, unlabeled, validation, plan, stopping, device(), about(dataset)
+        args, hparams, task, algorithm, stages, data, unlabeled, validation, plan, stopping, device(), about(dataset)
     )
+
+
+def build_task(dataset: Any, minibatches: TrainingLoader, steps: int) -> Task:
+    return Task(
+        input_shape=tuple(dataset.input_shape),
+        num_classes=dataset.num_classes,
+        num_domains=len(minibatches.parts),
+        num_confounders=minibatches.examples.num_confounders,
+        group_counts=minibatches.group_counts(dataset.num_classes),
+        steps=steps,
+        part_counts=tuple(len(part.positions) for part in minibatches.parts),
+        hidden_counts=minibatches.hidden_counts(dataset.num_classes),
+    )
+
+
+def build_sample(dataset: Any, splits: Sequence[Split]) -> Sample:
+    return Sample(splits, dataset.num_confounders, device(), dataset.N_WORKERS)
+
+
+def build_stages(
+    algorithm: Any,
+    minibatches: TrainingLoader,
+    plan: training.Plan,
+    hparams: dict[str, Any],
+    data: StageData,
+    draw: Callable[..., TrainingLoader],
+    partition: str,
+) -> list[RunStage]:
+    """The stages that the algorithm declares, else a single one; only the last one is measured.
+
+    Args:
+        minibatches: the run's own loader.
+        draw: builds another one, of splits, by a partition and odds.
+    """
+
+    def loader(stage: Stage, odds: NDArray[np.float64] | None) -> TrainingLoader:
+        own, sample = stage.partition or partition, data.training
+        if not stage.of_features:
+            return minibatches if odds is None and own == partition else draw(sample.splits, own, odds=odds)
+        with torch.no_grad(), evaluating(algorithm):
+            features = sample.map(algorithm.stage_features)
+        return draw(sample.replaced(features), own, odds=odds)
+
+    stages = getattr(algorithm, "STAGES", ()) or (Stage("training"),)
+    plans = [replace(plan, steps=end, splits=()) for end in ends(stages, plan.steps, hparams)]
+    plans[-1] = plan
+    return [
+        RunStage(stage.name, own, functools.partial(loader, stage)) for stage, own in zip(stages, plans, strict=True)
+    ]
 
 
 def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list[Split]]:
@@ -95,25 +160,42 @@ def early_stopping(hparams: dict[str, Any]) -> training.EarlyStopping | None:
     return training.EarlyStopping(hparams["patience"], hparams.get("min_delta", 1e-4))
 
 
+def granted(dataset: Any, validation: Sequence[Split], args: dict[str, Any]) -> list[Split]:
+    """The validation splits within the validation budget.
+
+    Raises:
+        ValueError: the budget is no share, or there is nothing to annotate.
+    """
+    budget = args["validation_budget"]
+    if budget != 1 and dataset.num_confounders < 2:
+        raise ValueError(f"--validation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
+    return annotate(validation, budget, args["trial_seed"], of="validation")
+
+
 def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
-    """The training splits within the annotation budget; an algorithm that reads confounders gets no other images.
+    """The training splits within the annotation budget.
+
+    An algorithm that reads confounders gets no image without one, unless it says that it takes such images.
 
     Raises:
         ValueError: the budget is no share, there is nothing to annotate, or it leaves such an algorithm less than two
             confounder values.
     """
-    budget = args["annotation_budget"]
+    budget, algorithm_class = args["annotation_budget"], get_algorithm_class(args["algorithm"])
     if budget != 1 and dataset.num_confounders < 2:
         raise ValueError(f"--annotation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
     splits = annotate(trained, budget, args["trial_seed"])
     notices.report_budget(splits)
-    if not getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False):
+    if not getattr(algorithm_class, "NEEDS_CONFOUNDERS", False):
         return splits
     if dataset.num_confounders < 2:
         cause = f"{args['algorithm']} learns from confounders, and {args['dataset']} knows none"
         raise ValueError(f"{cause}; {partitions.ADVICE}")
-    known = [split for split in map(Split.only_annotated, splits) if len(split)]
-    if len({c for split in known for c in np.unique(split.c)}) < 2:
+    known = splits
+    if not getattr(algorithm_class, "TAKES_HIDDEN", False):
+        known = [split for split in map(Split.only_annotated, splits) if len(split)]
+    values = {c for split in known for c in np.unique(split.c)}  # -1 is one, too
+    if len(values) < 2 and values != {-1}:
         raise ValueError(
             f"{args['algorithm']} learns from confounder labels and needs two values of them; the training images have "
             f"fewer within --annotation_budget {budget}; raise it, or take other --test_envs"
@@ -198,6 +280,7 @@ def build_loader(
     num_environments: int,
     with_masks: bool = False,
     loader: type[TrainingLoader] = TrainingLoader,
+    odds: NDArray[np.float64] | None = None,
 ) -> TrainingLoader:
     return loader(
         splits,
@@ -210,6 +293,7 @@ def build_loader(
         device(),
         num_environments,
         with_masks,
+        odds,
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from domainbed import (
     explanation_records,
@@ -23,12 +25,29 @@ from domainbed.claims import Claim
 from domainbed.console import print_row
 from domainbed.evaluation import ExplanationPlan, explanations
 from domainbed.explanation_tables import run_table
+from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader
 from domainbed.loggers import LoggedRun, Logging
+from domainbed.samples import StageData
 from domainbed.splits import Split
 from domainbed.state_trees import NotResumable
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """A stage of a run.
+
+    Attributes:
+        name: as the algorithm has it.
+        plan: its last step, and what is measured meanwhile: nothing, unless it is the last stage.
+        minibatches: the loader, for the odds of the training images; it may take a pass over them.
+    """
+
+    name: str
+    plan: training.Plan
+    minibatches: Callable[[NDArray[np.float64] | None], TrainingLoader]
 
 
 @dataclass(frozen=True)
@@ -39,7 +58,8 @@ class Run:
     hparams: dict[str, Any]
     task: Task
     algorithm: Any
-    minibatches: TrainingLoader
+    stages: Sequence[RunStage]
+    stage_data: StageData
     unlabeled: TrainingLoader | None
     validation: Sequence[Split]
     plan: training.Plan
@@ -139,14 +159,36 @@ class Execution:
         self.claim.check()
 
     def _train(self, trackers: Logging) -> None:
+        progress = self.progress
+        for number, stage in enumerate(self.run.stages):
+            if number > progress.stage:
+                self._begin(number)
+            if number == progress.stage:
+                self._go_through(stage, trackers)
+            if progress.stopped:
+                return
+
+    def _begin(self, number: int) -> None:
+        """Goes over to the next stage; a request to end is obeyed at once, and the stage is begun anew later."""
+        run = self.run
+        self.save()  # beginning a stage is not resumed halfway
+        print(f"stage {number + 1} of {len(run.stages)}, {run.stages[number].name}, after {self.progress.step} updates")
+        try:
+            with interruption.at_once(), torch.no_grad(), evaluating(run.algorithm):
+                self.progress.odds = run.algorithm.begin_stage(run.stages[number].name, run.stage_data)
+        except interruption.Preempted as request:
+            raise interruption.Unsaved(str(request)) from request
+        self.progress.stage = number
+
+    def _go_through(self, stage: RunStage, trackers: Logging) -> None:
         run, progress = self.run, self.progress
         unlabeled = None
         if run.unlabeled is not None:
             unlabeled = ([x for x, _ in step] for step in run.unlabeled.start_at(progress.updates))
         if progress.stopped:
             return
-        minibatches = run.minibatches.start_at(progress.updates)
-        steps = training.train(run.algorithm, minibatches, unlabeled, run.plan, run.device, progress, self.pace)
+        minibatches = self._loader(stage).start_at(progress.updates)
+        steps = training.train(run.algorithm, minibatches, unlabeled, stage.plan, run.device, progress, self.pace)
         for found in steps:
             if found is not None:
                 record = self.named(found)
@@ -156,6 +198,15 @@ class Execution:
                     return
             self._pause()
 
+    def _loader(self, stage: RunStage) -> TrainingLoader:
+        """The stage's minibatches; opening images for them leaves no trace in the random states."""
+        random_states = snapshots.random_states()
+        try:
+            with interruption.at_once():
+                return stage.minibatches(self.progress.odds)
+        finally:
+            snapshots.set_random_states(random_states)
+
     def _pause(self) -> None:
         """Between two steps, all is in order."""
         self.claim.report(*self.amount())
@@ -164,12 +215,14 @@ class Execution:
             self.save()
 
     def _keep(self, record: dict[str, Any]) -> None:
-        """Writes a record, and the models that it asks for."""
+        """Writes a record of the last stage, and the models that it asks for; others are but shown."""
         run, progress = self.run, self.progress
         self.claim.check()
+        self.columns = print_record(record, self.columns)
+        if progress.stage < len(run.stages) - 1:
+            return
         constants = {"hparams": run.hparams, "args": run.args}
         records.append(run.directory / records.RESULTS_FILE, record | constants)
-        self.columns = print_record(record, self.columns)
         score = validation_score(record, run.validation)
         if run.args["keep_best"] and score > progress.best:
             progress.best = score
@@ -223,9 +276,12 @@ def explain(run: Run, step: int) -> None:
 
 
 def validation_score(record: dict[str, Any], validation: Sequence[Split]) -> float:
-    """(AA + WGA) / 2 of all validation images together; NaN where they or their groups are not known."""
-    pooled = records.pooled(record, [(split.number, split.kind) for split in validation])
-    return math.nan if pooled is None else records.aa_wga(*pooled)
+    """(AA + WGA) / 2 of all validation images together, WGA of those that the validation budget grants.
+
+    AA alone where it grants none; NaN where the images or their groups are not known.
+    """
+    found = records.granted(record, [(split.number, split.kind) for split in validation])
+    return math.nan if found is None else found.score()
 
 
 def print_record(record: dict[str, Any], columns: list[str]) -> list[str]:

@@ -298,3 +298,55 @@ def test_the_penalty_falls_when_it_is_weighed_whatever_the_networks_share(shared
         assert all(math.isfinite(value) for step in steps for value in step.values())
         results.append(sum(step["penalty"] for step in steps[-5:]))
     assert results[1] < 0.5 * results[0]
+
+
+def hidden_in(minibatches: list[Minibatch], hidden: Tensor) -> list[Minibatch]:
+    """The same, but the confounder of the images at these positions of the step (N,) is not annotated."""
+    parts = hidden.split([len(minibatch.c) for minibatch in minibatches])
+    return [Minibatch(*b, c=b.c.masked_fill(part, -1)) for b, part in zip(minibatches, parts, strict=True)]
+
+
+@pytest.mark.parametrize("one_logit", [False, True])
+def test_hidden_confounders_count_for_the_label_networks_risk_alone(one_logit):
+    """One step of plain SGD against a loss of two batches: all images for the label, the annotated for the rest."""
+    sgd = {"optimizer": "sgd", "momentum": 0.0, "lr_l": 1.0, "lr_c": 1.0}
+    model = built("RRR_Confounder", lambda_1=0.7, rrr_lambda=20.0, one_logit=one_logit, **sgd).double()
+    data = step_data(dtype=torch.float64)
+    x, y, c, _ = joined(data)
+    seen = torch.arange(12) % 3 > 0
+    _, (logits, maps) = model.explain(x[seen], y[seen], c[seen])
+    forbidden = model.forbidden(maps, x.shape[2:])
+    leaf = x[seen].clone().requires_grad_()
+    penalty = input_gradient_penalty(model.predict(leaf), leaf, forbidden, True)
+    label_loss = F.cross_entropy(model.predict(x), y)
+    two = F.pad(logits, (1, 0)) if one_logit else logits
+    confounder_loss = F.cross_entropy(two, c[seen])
+    parts = [(model.network, label_loss + 20 * penalty), (model.confounder_network, 0.7 * confounder_loss)]
+    before = [weights(network) for network, _ in parts]
+    slopes = [torch.autograd.grad(loss, list(network.parameters())) for network, loss in parts]
+
+    step = model.update(hidden_in(data, ~seen))
+    expected = {
+        "loss": (label_loss + 20 * penalty + 0.7 * confounder_loss).item(),
+        "label_loss": label_loss.item(),
+        "confounder_loss": confounder_loss.item(),
+        "confounder_acc": (two.argmax(1) == c[seen]).double().mean().item(),
+        "penalty": penalty.item(),
+        "forbidden_share": forbidden.mean().item(),
+    }
+    assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    for (network, _), old, slope in zip(parts, before, slopes, strict=True):
+        moved = old - weights(network)
+        torch.testing.assert_close(moved, torch.cat([part.flatten() for part in slope]), rtol=1e-5, atol=1e-8)
+
+
+def test_without_an_annotation_the_label_network_is_erms_to_the_bit():
+    models = [built("ERM"), built("RRR_Confounder")]
+    untouched = weights(models[1].confounder_network)
+    for seed in range(3):
+        data = hidden_in(step_data(seed), torch.ones(12, dtype=torch.bool))
+        loss, step = (model.update(data) for model in models)
+        assert step == dict.fromkeys(step, 0) | {"loss": loss["loss"], "label_loss": loss["loss"]}
+    erm, method = (weights(model.network) for model in models)
+    assert torch.equal(erm, method)
+    assert torch.equal(weights(models[1].confounder_network), untouched)

@@ -101,7 +101,7 @@ RANDOM = {"pretrained": False}
 
 def test_registered_names():
     assert list(networks.BACKBONES) == [
-        "dinov2", "efficientnet_lite0", "resnet18", "resnet50", "small_cnn", "mnist_cnn", "wide_resnet"
+        "dinov2", "identity", "efficientnet_lite0", "resnet18", "resnet50", "small_cnn", "mnist_cnn", "wide_resnet"
     ]  # fmt: skip
 
 

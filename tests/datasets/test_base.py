@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -263,12 +264,33 @@ def test_what_training_may_know() -> None:
     known = split.only_annotated()
     assert (known.keys == split.keys[split.annotated]).all()
     assert (known.c == true[split.annotated]).all()
+    first, inferred = split.at(slice(5)), dataclasses.replace(split, inferred=np.arange(len(split)))
+    assert (len(first), first.annotated.tolist()) == (5, split.annotated[:5].tolist())
+    assert (first.c == split.c[:5]).all()
+    assert (inferred.only_annotated().c == np.flatnonzero(split.annotated)).all()
 
 
 @pytest.mark.parametrize("budget", [-0.1, 1.5, float("nan")])
 def test_impossible_budgets(budget: float) -> None:
-    with pytest.raises(ValueError, match="--annotation_budget"):
+    with pytest.raises(ValueError, match=r"--annotation_budget .*of the training images"):
         annotate([], budget)
+    with pytest.raises(ValueError, match=r"--validation_budget .*of the validation images"):
+        annotate([], budget, of="validation")
+
+
+def test_validation_has_a_budget_of_its_own() -> None:
+    dataset = Four()
+    held_out = validation_splits(dataset, split_environments(dataset, [0], 0.2), [0])
+    total, before = sum(map(len, held_out)), [np.zeros(len(split), dtype=bool) for split in held_out]
+    for budget in (0.0, 0.1, 0.4, 0.8):
+        now = [split.annotated for split in annotate(held_out, budget, 3, of="validation")]
+        assert sum(mask.sum() for mask in now) == round(budget * total)
+        assert all((mask >= smaller).all() for mask, smaller in zip(now, before, strict=True))
+        before = now
+    as_training = [split.annotated for split in annotate(held_out, 0.8, 3)]
+    assert any((one != other).any() for one, other in zip(as_training, before, strict=True))
+    assert all(split.annotated is None for split in annotate(held_out, 1.0, 3, of="validation"))
+    assert annotate([], 0.5, of="validation") == []
 
 
 def test_a_transform_that_somebody_sets_replaces_the_pipeline(pool: Images) -> None:

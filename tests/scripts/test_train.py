@@ -217,8 +217,6 @@ with claims.claim(sys.argv[1]):
         (["--mask_dir", "nowhere"], "--mask_dir nowhere: no such folder"),
         (["--mask_dir", "."], r"the masks of 3 of 3 environments can't be used:(.|\n)*env0.npy: no such file"),
         (["--annotation_budget", "2"], "--annotation_budget 2"),
-        (["--annotation_budget", "0", "--partition", "group"], "the annotation budget leaves none"),
-        (["--annotation_budget", "0", "--algorithm", "EX2L_MAE"], "EX2L_MAE learns from confounder labels"),
         (["--dataset", "DigitsSubpop", "--test_envs", "0"], r"must contain \[3\], the official test set"),
     ],
 )
@@ -286,7 +284,10 @@ def test_within_a_budget_only_annotated_images_have_a_confounder(
     class Needing(Watching):
         NEEDS_CONFOUNDERS = True
 
-    for cls in (Watching, Needing):
+    class Taking(Needing):
+        TAKES_HIDDEN = True
+
+    for cls in (Watching, Needing, Taking):
         monkeypatch.setattr(algorithms, cls.__name__, cls, raising=False)
         flags = ["--algorithm", cls.__name__, "--annotation_budget", "0.5", "--steps", "30", "--partition", "random"]
         assert run(tmp_path / cls.__name__, *flags)[0]["args"]["annotation_budget"] == 0.5
@@ -294,6 +295,16 @@ def test_within_a_budget_only_annotated_images_have_a_confounder(
     assert not hidden & known
     assert len(hidden) == len(known) == 13  # half of 2 x 13 training images
     assert {(e, i) for e, i, _ in seen["Needing"]} == known
+    assert seen["Taking"] == seen["Watching"]
+    with pytest.raises(BadInput, match="Needing learns from confounder labels and needs two values of them"):
+        run(tmp_path / "none", "--algorithm", "Needing", "--annotation_budget", "0")
+
+
+def test_at_budget_zero_balancing_groups_is_balancing_labels(tmp_path: Path) -> None:
+    for by_group, by_label in (("group", "label"), ("group_subset", "label_subset"), ("confounder", "random")):
+        groups = run(tmp_path / by_group, "--partition", by_group, "--annotation_budget", "0")
+        labels = run(tmp_path / by_label, "--partition", by_label)
+        assert without_time(groups) == without_time(labels)
 
 
 class Masked(algorithms.ERM):
@@ -343,9 +354,12 @@ def test_groups_that_the_budget_hides_are_named(tmp_path: Path, caplog: pytest.L
     flags = ["--dataset", "DigitsSubpop", "--eval_splits", "selection"]
     run(tmp_path / "all", *flags, "--partition", "group")
     run(tmp_path / "mixed", *flags, "--annotation_budget", "0.003")  # all are drawn
-    assert "annotation budget" not in caplog.text
+    assert "no image is annotated" not in caplog.text
     run(tmp_path / "few", *flags, "--partition", "group", "--annotation_budget", "0.003")
-    assert "the annotation budget leaves no image of 1 training group(s): 8, brick" in caplog.text
+    assert "no image is annotated of 1 training group(s): 8, brick" in caplog.text
+    caplog.clear()
+    run(tmp_path / "none", *flags, "--partition", "group", "--annotation_budget", "0")
+    assert "no image is annotated" not in caplog.text  # which the partition's own line says
 
 
 class Broken(Debug28):
@@ -374,7 +388,7 @@ class Broken(Debug28):
         (2, [], r"environment 1, image 4: y is -1, allowed: 0 to 1"),
         (3, ["--annotation_budget", "0.5"], "Broken knows no confounder"),
         (3, ["--algorithm", "EX2L_MAE", "--partition", "random"], "learns from confounders, and Broken knows none"),
-        (4, ["--partition", "group"], "partition group: the confounder is 1 in all annotated training images"),
+        (4, ["--partition", "group"], "partition group: the confounder is 1 in all training images"),
         (4, ["--algorithm", "EX2L_MAE", "--partition", "random"], "needs two values of them"),
     ],
 )
