@@ -1,7 +1,7 @@
 """What a user should know of the data before training starts, as log messages."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,12 @@ def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence
     if len(lost) and annotated.any():
         names = _names(dataset, lost)
         logger.warning("no image is annotated of %d training group(s): %s; raise the budget", len(lost), names)
+
+
+def report_inferred(num_confounders: int, agreement: Mapping[str, float]) -> None:
+    """Says how many values pseudo-confounders have, and how far they are the true ones, where these are known."""
+    found = ", ".join(f"{name} {value:.2f}" for name, value in agreement.items()) or "no true ones are known"
+    logger.info("pseudo-confounders: %d values; agreement with the true ones: %s", num_confounders, found)
 
 
 def _counts(dataset: Any, splits: Sequence[Split]) -> Integers:

@@ -81,7 +81,12 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
         default=input_pipelines.DEFAULT,
         help="how image files are opened and augmented",
     )
-    p.add_argument("--confounders", nargs="+", help="whose product forms the groups, for datasets that know several")
+    p.add_argument(
+        "--confounders",
+        nargs="+",
+        help="whose product forms the groups, for datasets that know several; or inferred:METHOD, pseudo-confounders in "
+        "training (docs/inferred_confounders.md)",
+    )
     p.add_argument(
         "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
     )

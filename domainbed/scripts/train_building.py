@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from domainbed import datasets, mask_files, notices, partitions, predictors, training
+from domainbed import (
+    datasets,
+    inferred_confounders,
+    interruption,
+    mask_files,
+    notices,
+    partitions,
+    predictors,
+    training,
+)
 from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
@@ -27,6 +36,7 @@ from domainbed.splits import Split, annotate, selection_splits, split_environmen
 from domainbed.stages import Stage, ends
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
+INFERRED = "inferred:"
 
 
 def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLoader] = TrainingLoader) -> Run:
@@ -48,10 +58,14 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
 
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    known = annotated(dataset, trained, args)
+    method = pseudo_confounders(args)
+    known, num_confounders = (
+        inferred(method, dataset, trained, args, hparams) if method else annotated(dataset, trained, args)
+    )
     draw = functools.partial(
         build_loader,
         dataset=dataset,
+        num_confounders=num_confounders,
         args=args,
         hparams=hparams,
         num_environments=len(trained),
@@ -60,7 +74,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
     )
     minibatches = draw(known, args["partition"])
     reads_confounders = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False)
-    if reads_confounders or args["partition"] in partitions.BY_CONFOUNDER:
+    if not method and (reads_confounders or args["partition"] in partitions.BY_CONFOUNDER):
         notices.report_not_annotated(dataset, trained, known)
     adapts = args["task"] == "domain_adaptation"
     unlabeled = build_unlabeled(splits, dataset, args, hparams, loader) if adapts else None
@@ -75,7 +89,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     if args["explain"]:
         Explainer(algorithm).check(task.input_shape)  # now, not when the training is over
-    data = StageData(build_sample(dataset, known), build_sample(dataset, validation))
+    data = StageData(
+        build_sample(dataset, known, num_confounders), build_sample(dataset, validation, dataset.num_confounders)
+    )
     stages = build_stages(algorithm, minibatches, plan, hparams, data, draw, args["partition"])
     return Run(
         args, hparams, task, algorithm, stages, data, unlabeled, validation, plan, stopping, device(), about(dataset)
@@ -95,8 +111,8 @@ def build_task(dataset: Any, minibatches: TrainingLoader, steps: int) -> Task:
     )
 
 
-def build_sample(dataset: Any, splits: Sequence[Split]) -> Sample:
-    return Sample(splits, dataset.num_confounders, device(), dataset.N_WORKERS)
+def build_sample(dataset: Any, splits: Sequence[Split], num_confounders: int) -> Sample:
+    return Sample(splits, num_confounders, device(), dataset.N_WORKERS)
 
 
 def build_stages(
@@ -172,8 +188,49 @@ def granted(dataset: Any, validation: Sequence[Split], args: dict[str, Any]) -> 
     return annotate(validation, budget, args["trial_seed"], of="validation")
 
 
-def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
-    """The training splits within the annotation budget.
+def pseudo_confounders(args: dict[str, Any]) -> str:
+    """The METHOD in ``--confounders inferred:METHOD``; "" where true confounders are asked for.
+
+    Raises:
+        ValueError: something else is asked for at the same time.
+    """
+    given = args["confounders"] or []
+    found = [name.removeprefix(INFERRED) for name in given if name.startswith(INFERRED)]
+    if found and len(given) > 1:
+        raise ValueError(f"--confounders {' '.join(given)}: what is inferred stands alone; name one")
+    return found[0] if found else ""
+
+
+def inferred(
+    method: str, dataset: Any, trained: Sequence[Split], args: dict[str, Any], hparams: dict[str, Any]
+) -> tuple[list[Split], int]:
+    """The training splits with pseudo-confounders, of which all are known whatever the budget, and how many values.
+
+    Raises:
+        NotImplementedError: no such method.
+        Unsaved: somebody asked to end meanwhile.
+    """
+    setting = inferred_confounders.Setting(
+        dataset.num_classes,
+        tuple(dataset.input_shape),
+        hparams,
+        args["steps"] or dataset.N_STEPS,
+        args["seed"],
+        device(),
+        dataset.num_confounders,
+        dataset.N_WORKERS,
+        args["precision"],
+    )
+    try:
+        found = inferred_confounders.infer(method, trained, setting, Path(args["output_dir"]))
+    except interruption.Preempted as request:
+        raise interruption.Unsaved(str(request)) from request
+    notices.report_inferred(found.num_confounders, found.agreement)
+    return found.splits, found.num_confounders
+
+
+def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> tuple[list[Split], int]:
+    """The training splits within the annotation budget, and the number of confounder values.
 
     An algorithm that reads confounders gets no image without one, unless it says that it takes such images.
 
@@ -187,7 +244,7 @@ def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> l
     splits = annotate(trained, budget, args["trial_seed"])
     notices.report_budget(splits)
     if not getattr(algorithm_class, "NEEDS_CONFOUNDERS", False):
-        return splits
+        return splits, dataset.num_confounders
     if dataset.num_confounders < 2:
         cause = f"{args['algorithm']} learns from confounders, and {args['dataset']} knows none"
         raise ValueError(f"{cause}; {partitions.ADVICE}")
@@ -200,7 +257,7 @@ def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> l
             f"{args['algorithm']} learns from confounder labels and needs two values of them; the training images have "
             f"fewer within --annotation_budget {budget}; raise it, or take other --test_envs"
         )
-    return known
+    return known, dataset.num_confounders
 
 
 def needs_masks(dataset: Any, args: dict[str, Any]) -> bool:
@@ -249,7 +306,7 @@ def build_dataset(args: dict[str, Any], hparams: dict[str, Any]) -> Any:
     dataset_class: Any = datasets.get_dataset_class(args["dataset"])
     if args["data_dir"] is None and dataset_class.NEEDS_DATA_DIR:
         raise ValueError(f"{args['dataset']} needs --data_dir, the directory of its files")
-    given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None}
+    given = {name: args[name] for name in DATASET_OPTIONS if args[name] is not None and not pseudo_confounders(args)}
     if refused := given.keys() - set(dataset_class.OPTIONS):
         raise ValueError(f"{args['dataset']} leaves no choice of --{', --'.join(sorted(refused))}; leave it out")
     try:
@@ -281,12 +338,13 @@ def build_loader(
     with_masks: bool = False,
     loader: type[TrainingLoader] = TrainingLoader,
     odds: NDArray[np.float64] | None = None,
+    num_confounders: int | None = None,
 ) -> TrainingLoader:
     return loader(
         splits,
         partitions.REGISTRY[partition],
         hparams["batch_size"],
-        dataset.num_confounders,
+        num_confounders or dataset.num_confounders,
         args["seed"],
         hparams["class_balanced"],
         dataset.N_WORKERS,
