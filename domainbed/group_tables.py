@@ -20,7 +20,7 @@ from domainbed.model_selection import (
     validation_envs,
     with_several_test_envs,
 )
-from domainbed.rows import Cell, Row, Run, declared, meeting, row_names, runs
+from domainbed.rows import Cell, Row, Run, declared, meeting, pseudo_confounders, row_names, runs
 from domainbed.table_formats import MISSING, Table
 from domainbed.tables import environment_names, in_order, line_names
 
@@ -90,7 +90,8 @@ def _group_names(dataset: str) -> tuple[Sequence[str], Sequence[str]]:
 def group_name(args: Mapping[str, Any], group: int) -> str:
     """``g3: waterbird, water`` where the class of a run's dataset names its confounders, else ``g3``."""
     labels, confounders = _group_names(args["dataset"])
-    if args.get("confounders") or not confounders:  # of the user's own choice, the class knows no names
+    own = args.get("confounders") and not pseudo_confounders(args)
+    if own or not confounders:  # of the user's own choice, the class knows no names
         return f"g{group}"
     y, c = divmod(group, len(confounders))
     if labels and y >= len(labels):

@@ -31,6 +31,7 @@ REGISTRY: Registry[Any] = Registry(
 register = REGISTRY.register
 
 BY_CONFOUNDER = ("group", "confounder", "group_subset")  # of REGISTRY: those that a dataset without one can't have
+SINGLE_PART = ("random", "group_subset", "label_subset")  # those that make one minibatch
 FEW = 10  # images of each group; a warning says so if a subset keeps fewer
 
 

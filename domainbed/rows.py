@@ -34,6 +34,8 @@ DEFAULTS = {
 # characters.
 ALWAYS_NAMED = {"annotation_budget": "budget", "validation_budget": "val_budget"}
 
+INFERRED = "inferred:"  # begins what --confounders names where they are not the dataset's
+
 Record = Mapping[str, Any]
 Cell = tuple[str, tuple[int, ...]]  # dataset, test environments
 
@@ -52,6 +54,19 @@ def declared(package: str, name: str, attribute: str, default: Any = None) -> An
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def pseudo_confounders(args: Mapping[str, Any]) -> str:
+    """The METHOD in ``--confounders inferred:METHOD``; "" where true confounders are asked for.
+
+    Raises:
+        ValueError: something else is asked for at the same time.
+    """
+    given = args.get("confounders") or []
+    found = [name.removeprefix(INFERRED) for name in given if name.startswith(INFERRED)]
+    if found and len(given) > 1:
+        raise ValueError(f"--confounders {' '.join(given)}: what is inferred stands alone; name one")
+    return found[0] if found else ""
 
 
 def default_partition(algorithm: str) -> str:

@@ -33,7 +33,6 @@ from domainbed.splits import Split, split_environments, training_splits
 EMBEDDED = ["Debug28", "ColoredDigits", "DigitsO2O", "DigitsM2M", "DigitsSubpop"]
 
 
-SINGLE_PART = ("random", "group_subset", "label_subset")
 SWITCH = re.compile("warmup|iters|linear_steps")  # hparams that say after how many updates something changes
 
 
@@ -107,7 +106,7 @@ TRIALS = [
 @pytest.mark.parametrize(("name", "partition", "size"), TRIALS)
 def test_three_updates_or_a_clear_error(name: str, partition: str, size: int) -> None:
     """Finite plain numbers, the same for equal seeds, and weights that load into a fresh instance."""
-    if algorithms.get_algorithm_class(name).MIN_PARTS > 1 and partition in SINGLE_PART:
+    if algorithms.get_algorithm_class(name).MIN_PARTS > 1 and partition in partitions.SINGLE_PART:
         with pytest.raises(ValueError, match=f"{name} compares at least 2 minibatches"):
             build(name, partition, size)
         return

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from domainbed import backbones, datasets, messages
+from domainbed import backbones, datasets, messages, partitions
 from domainbed.algorithms import get_algorithm_class
+from domainbed.rows import pseudo_confounders
 from domainbed.scripts import run_cli, torch_process
 from domainbed.scripts.train_arguments import completed, resolve
 from domainbed.training import EarlyStopping
@@ -25,13 +26,14 @@ def problem(args: dict[str, Any]) -> str | None:
 
 def _check_options(args: dict[str, Any]) -> None:
     options = datasets.get_dataset_class(args["dataset"]).OPTIONS
-    if args["confounders"] is not None and "confounders" not in options:
+    if args["confounders"] is not None and not pseudo_confounders(args) and "confounders" not in options:
         raise ValueError(f"{args['dataset']} leaves no choice of --confounders; leave it out")
     if args["task"] == "domain_adaptation" and not args["uda_holdout_fraction"]:
         raise ValueError("--task domain_adaptation needs unlabelled images; give --uda_holdout_fraction 0.5, say")
     least = getattr(get_algorithm_class(args["algorithm"]), "MIN_PARTS", 1)
-    if args["partition"] == "random" and least > 1:
-        raise ValueError(f"{args['algorithm']} compares at least {least} minibatches, partition random makes one")
+    if args["partition"] in partitions.SINGLE_PART and least > 1:
+        made = f"partition {args['partition']} makes one"
+        raise ValueError(f"{args['algorithm']} compares at least {least} minibatches, {made}")
 
 
 def _check_hparams(hparams: dict[str, Any]) -> None:

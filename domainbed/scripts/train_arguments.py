@@ -4,8 +4,17 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from domainbed import datasets, hparams_registry, input_pipelines, overrides, partitions, snapshots
+from domainbed import (
+    datasets,
+    hparams_registry,
+    inferred_confounders,
+    input_pipelines,
+    overrides,
+    partitions,
+    snapshots,
+)
 from domainbed.algorithms import get_algorithm_class
+from domainbed.rows import pseudo_confounders
 from domainbed.scripts.arguments import DomainBedParser, seconds
 from domainbed.seeding import seed_hash
 
@@ -84,8 +93,8 @@ def _add_choices(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--confounders",
         nargs="+",
-        help="whose product forms the groups, for datasets that know several; or inferred:METHOD, pseudo-confounders in "
-        "training (docs/inferred_confounders.md)",
+        help="whose product forms the groups, for datasets that know several; or inferred:METHOD, pseudo-confounders "
+        "for training (docs/inferred_confounders.md)",
     )
     p.add_argument(
         "--annotation_budget", type=float, default=1.0, help="share of training images with a known confounder"
@@ -133,6 +142,8 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
     algorithm_class = get_algorithm_class(args["algorithm"])
     args |= {key: value for key, value in class_defaults(args).items() if args[key] is None}
     partitions.REGISTRY[args["partition"]]
+    if method := pseudo_confounders(args):
+        inferred_confounders.REGISTRY[method]
     _check_numbers(args)
     given, ranges = overrides.parse(args["hparams"]), overrides.parse_ranges(args["ranges"])
     names, optimizer = (args["algorithm"], args["dataset"]), given.get("optimizer", "adam")

@@ -29,6 +29,7 @@ from domainbed.algorithms.base import build as build_algorithm
 from domainbed.explainers import Explainer
 from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader, group_counts
+from domainbed.rows import pseudo_confounders
 from domainbed.samples import Sample, StageData
 from domainbed.scripts.train_execution import Run, RunStage
 from domainbed.seeding import seed_hash
@@ -36,7 +37,6 @@ from domainbed.splits import Split, annotate, selection_splits, split_environmen
 from domainbed.stages import Stage, ends
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
-INFERRED = "inferred:"
 
 
 def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLoader] = TrainingLoader) -> Run:
@@ -186,19 +186,6 @@ def granted(dataset: Any, validation: Sequence[Split], args: dict[str, Any]) -> 
     if budget != 1 and dataset.num_confounders < 2:
         raise ValueError(f"--validation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
     return annotate(validation, budget, args["trial_seed"], of="validation")
-
-
-def pseudo_confounders(args: dict[str, Any]) -> str:
-    """The METHOD in ``--confounders inferred:METHOD``; "" where true confounders are asked for.
-
-    Raises:
-        ValueError: something else is asked for at the same time.
-    """
-    given = args["confounders"] or []
-    found = [name.removeprefix(INFERRED) for name in given if name.startswith(INFERRED)]
-    if found and len(given) > 1:
-        raise ValueError(f"--confounders {' '.join(given)}: what is inferred stands alone; name one")
-    return found[0] if found else ""
 
 
 def inferred(

@@ -164,7 +164,8 @@ class TestMain:
         assert text == "".join((directory / f"{name}.md").read_text("utf-8") for name in ("results", "groups"))
 
     def test_more_tables_on_request(self, sweep, capsys):
-        directory = sweep([record(**PLAIN, **GROUPS)], [record(args={"algorithm": "IRM"}, **PLAIN, **GROUPS)])
+        others = ({"algorithm": "IRM"}, {"algorithm": "IRM", "annotation_budget": 0.05})
+        directory = sweep(*([record(args=args, **PLAIN, **GROUPS)] for args in ((), *others)))
         names = [*collect_results.NAMED]
         collect_results.main(["--input_dir", str(directory), "--tables", "ranks", "paper"])
         made = {path.stem for path in directory.glob("*.txt")}
@@ -180,6 +181,16 @@ class TestMain:
         collect_results.main(["--input_dir", str(directory), "--tables", "paper"])
         assert "--tables paper: nothing to show" in caplog.text
         assert not (directory / "paper.txt").exists()
+
+    def test_budgets(self, sweep, capsys, caplog):
+        directory = sweep([record(**PLAIN, **GROUPS)], [record(args={"validation_budget": 0.2}, **PLAIN, **GROUPS)])
+        collect_results.main(["--input_dir", str(directory), "--tables", "budgets"])
+        (table,) = (directory / "budgets.txt").read_text("utf-8").strip().split("-------- ")
+        assert table.startswith("ColoredMNIST: worst-group accuracy by annotation budget, model selection: (AA + WGA)")
+        assert re.search(r"Algorithm +Sampling +100 % +100 / 20 %\nERM +Uniform Env. +50.0 +50.0\Z", table)
+        (directory / "job1/results.jsonl").unlink()
+        collect_results.main(["--input_dir", str(directory), "--tables", "budgets"])
+        assert "--tables budgets: nothing to show; it needs runs at two annotation budgets or more" in caplog.text
 
     def test_intervals(self, sweep, capsys):
         jobs = [
