@@ -71,7 +71,7 @@ def built(algorithm: str, partition: str | None, hparams: dict[str, Any], args: 
     given = {"dataset": "DigitsSubpop", "algorithm": algorithm, "steps": args.steps, "checkpoint_freq": args.steps}
     given |= {"partition": partition} if partition else {}
     complete = completed(given)
-    return build(complete, resolve(complete) | hparams | {"batch_size": args.images})
+    return build(complete, resolve(complete) | hparams | {"batch_size": args.batch_size})
 
 
 def cost(run: Run) -> Cost:
@@ -122,8 +122,8 @@ def evaluation_seconds(args: argparse.Namespace) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=60, help="updates of a run")
-    parser.add_argument("--images", type=int, default=64, help="of an update")
+    parser.add_argument("--steps", type=int, default=50, help="updates of a run")
+    parser.add_argument("--batch_size", type=int, default=64, help="of each of the two training environments")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from domainbed.group_tables import (
     selected_by,
 )
 from domainbed.model_selection import Choice, choose
-from domainbed.rows import Cell, Row, row_names, runs
+from domainbed.rows import Cell, Row, Run, row_names, runs
 from domainbed.table_formats import Table
 
 Record = Mapping[str, Any]
@@ -27,7 +27,7 @@ CRITERION = "aa_wga"
 BUDGET_KEYS = ("annotation_budget", "validation_budget")
 NOTE = (
     "Columns: the share of the images whose confounder was granted; one number where it is the same for training and "
-    "validation images, else training / validation. Nothing else is chosen by, also not where a method could use more."
+    "validation images, else training / validation. Runs are chosen by what is granted alone."
 )
 
 
@@ -90,11 +90,12 @@ def budget_tables(records: Iterable[Record]) -> list[Table]:
     records = list(records)
     chosen = chosen_by_budget(records)
     titles = cell_titles({cell for cell, _, _ in chosen.trials})
-    tables = [_table(cell, title, chosen, records) for cell, title in titles.items()]
+    found = list(runs(records))
+    tables = [_table(cell, title, chosen, [run for run in found if run.cell == cell]) for cell, title in titles.items()]
     return [table for table in tables if len(table.header) > len(LINE_HEADER) + 1]
 
 
-def _table(cell: Cell, title: str, chosen: Chosen, records: Iterable[Record]) -> Table:
+def _table(cell: Cell, title: str, chosen: Chosen, own: Iterable[Run]) -> Table:
     here = {place[1:]: trials for place, trials in chosen.trials.items() if place[0] == cell}
     budgets = [budget for budget in chosen.budgets if any(budget == other for _, other in here)]
     names = {row: chosen.names[row] for row, _ in here}
@@ -108,6 +109,5 @@ def _table(cell: Cell, title: str, chosen: Chosen, records: Iterable[Record]) ->
         for line in lines_of(names)
     ]
     head = f"{title}: worst-group accuracy by annotation budget, {selected_by(CRITERION)}"
-    own = [run for run in runs(records) if run.cell == cell]
     notes = [percent_note(most), *protocol_notes(own), NOTE]
     return Table(head, notes, [*LINE_HEADER, *(budget.title for budget in budgets)], rows)

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from domainbed import (
     datasets,
-    inferred_confounders,
-    interruption,
     mask_files,
     notices,
     partitions,
@@ -31,9 +29,10 @@ from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.rows import pseudo_confounders
 from domainbed.samples import Sample, StageData
+from domainbed.scripts.train_annotations import granted, training_images
 from domainbed.scripts.train_execution import Run, RunStage
 from domainbed.seeding import seed_hash
-from domainbed.splits import Split, annotate, selection_splits, split_environments, training_splits, validation_splits
+from domainbed.splits import Split, selection_splits, split_environments, training_splits, validation_splits
 from domainbed.stages import Stage, ends
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
@@ -58,10 +57,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
 
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    method = pseudo_confounders(args)
-    known, num_confounders = (
-        inferred(method, dataset, trained, args, hparams) if method else annotated(dataset, trained, args)
-    )
+    known, num_confounders = training_images(dataset, trained, args, hparams, device())
     draw = functools.partial(
         build_loader,
         dataset=dataset,
@@ -73,18 +69,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
         loader=loader,
     )
     minibatches = draw(known, args["partition"])
-    reads_confounders = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False)
-    if not method and (reads_confounders or args["partition"] in partitions.BY_CONFOUNDER):
-        notices.report_not_annotated(dataset, trained, known)
     adapts = args["task"] == "domain_adaptation"
     unlabeled = build_unlabeled(splits, dataset, args, hparams, loader) if adapts else None
-    measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
-    budgeted = {(split.env, split.kind): split for split in validation}
-    measured = [budgeted.get((split.env, split.kind), split) for split in measured]
-    smallest = min(len(split) for split in splits if split.kind == "in")
-    shares = group_counts(trained, dataset.num_classes, dataset.num_confounders)
-    pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
-    plan = build_plan(dataset, measured, smallest / hparams["batch_size"], pass_steps, args, shares)
+    plan = build_plan(dataset, splits, validation, minibatches, args, hparams)
     task = build_task(dataset, minibatches, plan.steps)
     algorithm = build_algorithm(get_algorithm_class(args["algorithm"]), task, hparams).to(device())
     if args["explain"]:
@@ -176,77 +163,6 @@ def early_stopping(hparams: dict[str, Any]) -> training.EarlyStopping | None:
     return training.EarlyStopping(hparams["patience"], hparams.get("min_delta", 1e-4))
 
 
-def granted(dataset: Any, validation: Sequence[Split], args: dict[str, Any]) -> list[Split]:
-    """The validation splits within the validation budget.
-
-    Raises:
-        ValueError: the budget is no share, or there is nothing to annotate.
-    """
-    budget = args["validation_budget"]
-    if budget != 1 and dataset.num_confounders < 2:
-        raise ValueError(f"--validation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
-    return annotate(validation, budget, args["trial_seed"], of="validation")
-
-
-def inferred(
-    method: str, dataset: Any, trained: Sequence[Split], args: dict[str, Any], hparams: dict[str, Any]
-) -> tuple[list[Split], int]:
-    """The training splits with pseudo-confounders, of which all are known whatever the budget, and how many values.
-
-    Raises:
-        NotImplementedError: no such method.
-        Unsaved: somebody asked to end meanwhile.
-    """
-    setting = inferred_confounders.Setting(
-        dataset.num_classes,
-        tuple(dataset.input_shape),
-        hparams,
-        args["steps"] or dataset.N_STEPS,
-        args["seed"],
-        device(),
-        dataset.num_confounders,
-        dataset.N_WORKERS,
-        args["precision"],
-    )
-    try:
-        found = inferred_confounders.infer(method, trained, setting, Path(args["output_dir"]))
-    except interruption.Preempted as request:
-        raise interruption.Unsaved(str(request)) from request
-    notices.report_inferred(found.num_confounders, found.agreement)
-    return found.splits, found.num_confounders
-
-
-def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> tuple[list[Split], int]:
-    """The training splits within the annotation budget, and the number of confounder values.
-
-    An algorithm that reads confounders gets no image without one, unless it says that it takes such images.
-
-    Raises:
-        ValueError: the budget is no share, there is nothing to annotate, or it leaves such an algorithm less than two
-            confounder values.
-    """
-    budget, algorithm_class = args["annotation_budget"], get_algorithm_class(args["algorithm"])
-    if budget != 1 and dataset.num_confounders < 2:
-        raise ValueError(f"--annotation_budget {budget}: {args['dataset']} knows no confounder; leave it out")
-    splits = annotate(trained, budget, args["trial_seed"])
-    notices.report_budget(splits)
-    if not getattr(algorithm_class, "NEEDS_CONFOUNDERS", False):
-        return splits, dataset.num_confounders
-    if dataset.num_confounders < 2:
-        cause = f"{args['algorithm']} learns from confounders, and {args['dataset']} knows none"
-        raise ValueError(f"{cause}; {partitions.ADVICE}")
-    known = splits
-    if not getattr(algorithm_class, "TAKES_HIDDEN", False):
-        known = [split for split in map(Split.only_annotated, splits) if len(split)]
-    values = {c for split in known for c in np.unique(split.c)}  # -1 is one, too
-    if len(values) < 2 and values != {-1}:
-        raise ValueError(
-            f"{args['algorithm']} learns from confounder labels and needs two values of them; the training images have "
-            f"fewer within --annotation_budget {budget}; raise it, or take other --test_envs"
-        )
-    return known, dataset.num_confounders
-
-
 def needs_masks(dataset: Any, args: dict[str, Any]) -> bool:
     """Whether the algorithm learns from masks.
 
@@ -264,24 +180,32 @@ def needs_masks(dataset: Any, args: dict[str, Any]) -> bool:
 
 def build_plan(
     dataset: Any,
-    measured: Sequence[Split],
-    steps_per_epoch: float,
-    pass_steps: int,
+    splits: Sequence[Split],
+    validation: Sequence[Split],
+    minibatches: TrainingLoader,
     args: dict[str, Any],
-    training_counts: tuple[int, ...],
+    hparams: dict[str, Any],
 ) -> training.Plan:
-    """The plan; ``pass_steps`` is how many steps draw as many images as are trained on, an epoch of ``--epochs``."""
-    epochs = args["epochs"]
+    """The plan; an epoch of ``--epochs`` is as many steps as draw as many images as are trained on.
+
+    Args:
+        validation: those of the splits that validate, as the budget grants their confounders.
+    """
+    epochs, test_envs = args["epochs"], args["test_envs"]
+    trained, smallest = training_splits(dataset, splits, test_envs), min(len(s) for s in splits if s.kind == "in")
+    pass_steps = math.ceil(sum(map(len, trained)) / (minibatches.rows * len(minibatches.parts)))
+    measured = splits if args["eval_splits"] == "all" else selection_splits(dataset, splits, test_envs)
+    budgeted = {(split.env, split.kind): split for split in validation}
     return training.Plan(
         steps=epochs * pass_steps if epochs else args["steps"] or dataset.N_STEPS,
         checkpoint_freq=args["checkpoint_freq"] or (pass_steps if epochs else dataset.CHECKPOINT_FREQ),
-        steps_per_epoch=steps_per_epoch,
-        splits=measured,
+        steps_per_epoch=smallest / hparams["batch_size"],
+        splits=[budgeted.get((split.env, split.kind), split) for split in measured],
         num_classes=dataset.num_classes,
         num_confounders=dataset.num_confounders,
         precision=args["precision"],
         num_workers=dataset.N_WORKERS,
-        training_counts=training_counts,
+        training_counts=group_counts(trained, dataset.num_classes, dataset.num_confounders),
     )
 
 

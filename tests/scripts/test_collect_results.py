@@ -185,7 +185,7 @@ class TestMain:
     def test_budgets(self, sweep, capsys, caplog):
         directory = sweep([record(**PLAIN, **GROUPS)], [record(args={"validation_budget": 0.2}, **PLAIN, **GROUPS)])
         collect_results.main(["--input_dir", str(directory), "--tables", "budgets"])
-        (table,) = (directory / "budgets.txt").read_text("utf-8").strip().split("-------- ")
+        (_, table) = (directory / "budgets.txt").read_text("utf-8").strip().split("-------- ")
         assert table.startswith("ColoredMNIST: worst-group accuracy by annotation budget, model selection: (AA + WGA)")
         assert re.search(r"Algorithm +Sampling +100 % +100 / 20 %\nERM +Uniform Env. +50.0 +50.0\Z", table)
         (directory / "job1/results.jsonl").unlink()
