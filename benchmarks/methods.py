@@ -85,7 +85,9 @@ def cost(run: Run) -> Cost:
         minibatches = stage.minibatches(progress.odds)
         middle = time.process_time()
         plan = replace(stage.plan, splits=())
-        for _ in training.train(run.algorithm, minibatches.start_at(progress.updates), None, plan, run.device, progress):
+        for _ in training.train(
+            run.algorithm, minibatches.start_at(progress.updates), None, plan, run.device, progress
+        ):
             pass
         between, updates = between + middle - start, updates + time.process_time() - middle
     return Cost(updates, between)
@@ -113,9 +115,7 @@ def evaluation_seconds(args: argparse.Namespace) -> tuple[float, int]:
     """CPU seconds of one evaluation of all splits, which costs each method the same, and its number of images."""
     run = built("ERM", "random", {}, args)
     plan, start = run.plan, time.process_time()
-    evaluation.evaluate(
-        run.algorithm, plan.splits, plan.num_confounders, run.device, plan.precision, plan.num_workers
-    )
+    evaluation.evaluate(run.algorithm, plan.splits, plan.num_confounders, run.device, plan.precision, plan.num_workers)
     return time.process_time() - start, sum(map(len, plan.splits))
 
 

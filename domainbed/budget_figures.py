@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domainbed.budget_tables import Budget, Chosen, chosen_by_budget
-from domainbed.figures import COLOURS, MARKERS, figure_class
+from domainbed.figures import figure_class
 from domainbed.group_tables import cell_titles, selected_by
 from domainbed.intervals import t_interval
-from domainbed.record_figures import FONT, Picture, entitle
+from domainbed.record_figures import FONT, Picture, entitle, style
 from domainbed.rows import Cell
 from domainbed.tables import line_names
 
@@ -104,7 +104,7 @@ def _panels(
         ax.tick_params(labelsize=FONT["text"] - 1, labelbottom=place + columns >= len(names))
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
-    looks = [(*_look(number), title) for number, title in enumerate(titles.values())]
+    looks = [(*style(number), title) for number, title in enumerate(titles.values())]
     handles = [Line2D([], [], color=colour, marker=marker, label=title) for colour, marker, title in looks]
     note = "means over seeds with 95% t intervals" if _several_seeds(lines) else "one seed each"
     options: Any = {"ncols": 3, "frameon": False, "title": f"{across}\n{note}"}  # labels would overlap
@@ -112,11 +112,6 @@ def _panels(
     legend = figure.legend(handles=handles, loc="outside lower center", **sizes, **options)
     legend.get_title().set_multialignment("center")
     return figure
-
-
-def _look(number: int) -> tuple[str, str]:
-    """Colour and marker of a dataset."""
-    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
 def _draw(ax: "Axes", line: Line, number: int, aside: float) -> None:
@@ -128,7 +123,7 @@ def _draw(ax: "Axes", line: Line, number: int, aside: float) -> None:
     ends = [t_interval(values) or (mean, mean) for (_, values), mean in zip(line, means, strict=True)]
     reach = [[mean - low for (low, _), mean in zip(ends, means, strict=True)]]
     reach += [[high - mean for (_, high), mean in zip(ends, means, strict=True)]]
-    colour, marker = _look(number)
+    colour, marker = style(number)
     ax.errorbar(at, means, yerr=reach, color=colour, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.8)
 
 

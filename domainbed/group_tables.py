@@ -27,11 +27,14 @@ from domainbed.tables import environment_names, in_order, line_names
 Record = Mapping[str, Any]
 
 CRITERION_TITLES = {"aa_wga": "(AA + WGA) / 2", "wga": "WGA"}
-SAMPLING = {  # the paper's words for the partitions, in its order
+SAMPLING = {  # the paper's words for its partitions, in its order; then ours
     "random": "Random",
     "environment": "Uniform Env.",
     "group": "Uniform Group",
     "confounder": "Uniform Confounder",
+    "label": "Uniform Label",
+    "group_subset": "Group Subset",
+    "label_subset": "Label Subset",
 }
 METRICS: dict[str, Callable[[Choice], float | None]] = {  # the columns of a dataset
     "AA": lambda choice: choice.test.aa,

@@ -30,7 +30,10 @@ EXTRAS = (
     "confounders", "annotation_budget", "validation_budget", "ranges", "epochs", "explain", "mask_dir",
     "uda_holdout_fraction",
 )  # fmt: skip
-_SHOWN = ("dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label")
+_SHOWN = (
+    "dataset", "algorithm", "test_envs", "hparams_seed", "partition", "label", "annotation_budget", "validation_budget",
+)  # fmt: skip
+BY_CONFOUNDER = ("group", "confounder", "group_subset")  # as partitions has it, which takes long to import
 _DELETING = 16  # at a time: to be sure that another machine's process is dead takes half a minute
 # Two answers to one question.
 EXCLUSIVE = (
@@ -107,8 +110,9 @@ def _trainable(row: Mapping[str, Any], dataset: str, envs: Sequence[int]) -> boo
     """
     default = registry.attribute("algorithms", row["algorithm"], "PARTITION", "environment")
     least = registry.attribute("algorithms", row["algorithm"], "MIN_PARTS", 1)
-    grouped = row.get("partition", default) in ("group", "confounder", "group_subset")
-    needs = grouped or registry.attribute("algorithms", row["algorithm"], "NEEDS_CONFOUNDERS", False)
+    grouped = row.get("partition", default) in BY_CONFOUNDER
+    budgeted = not {row.get("annotation_budget", 1), row.get("validation_budget", 1)} <= {1}
+    needs = grouped or budgeted or registry.attribute("algorithms", row["algorithm"], "NEEDS_CONFOUNDERS", False)
     if needs and not (row.get("confounders") or registry.attribute("datasets", dataset, "CONFOUNDERS")):
         logger.warning("left out: %s on %s, which knows no confounder", row["algorithm"], dataset)
         return False
@@ -187,8 +191,8 @@ def make_args_list(
     if unknown := extras.keys() - set(EXTRAS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
     shared = given({"steps": steps, "data_dir": data_dir, **extras})
-    choices = {"test_envs_list": test_envs_list, "official_test_envs": official_test_envs, "budgets": budgets}
-    check_exclusive(shared | given(choices))
+    choices = {"test_envs_list": test_envs_list, "official_test_envs": official_test_envs}
+    check_exclusive(shared | given(choices | {"budgets": budgets or any(row.budgets for row in rows)}))
     test_envs = {
         name: dataset_test_envs(name, single_test_envs, test_envs_list, official_test_envs) for name in dataset_names
     }

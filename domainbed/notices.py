@@ -39,7 +39,10 @@ def report_budget(splits: Sequence[Split]) -> None:
 
 
 def report_not_annotated(dataset: Any, trained: Sequence[Split], known: Sequence[Split]) -> None:
-    """Warns of groups of the training images that nothing can balance, since the budget annotates only others."""
+    """Warns of groups of the training images that nothing can balance, since the budget annotates only others.
+
+    It looks at annotations that the budget hides, for this message alone.
+    """
     present, annotated = (_counts(dataset, splits) for splits in (trained, known))
     lost = np.flatnonzero((present > 0) & (annotated == 0))
     if len(lost) and annotated.any():

@@ -249,5 +249,5 @@ def attribute(package: str, name: str, attribute: str, default: Any = None) -> A
         return literals.get(attribute, default)
     module = f"domainbed.{package}"
     if facts is None and module not in sys.modules and not os.environ.get(PLUGINS_VARIABLE):
-        raise NotImplementedError(not_found(package, name, names(package)))  # only an import could have brought it
+        raise NotImplementedError(not_found(package[:-1], name, names(package)))  # only an import could have brought it
     return getattr(importlib.import_module(module).find(name), attribute, default)

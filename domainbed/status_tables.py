@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from domainbed.job_lists import Listed
+from domainbed.rows import ALWAYS_NAMED
 from domainbed.states import QUEUED, State, Status
 
 OPEN = (State.QUEUED, State.RUNNING, State.PREEMPTED)  # what launching brings to an end
@@ -58,9 +59,11 @@ class Overview:
 
 
 def row_name(args: Mapping[str, Any]) -> str:
-    """What stands for a job's row: its label, or the algorithm, with its partition where that is not its own."""
+    """What stands for a job's row: its label, or the algorithm, with a partition that is not its own; its budgets."""
     name = str(args.get("label") or args.get("algorithm", UNKNOWN))
-    return name if args.get("label") or not args.get("partition") else f"{name}:{args['partition']}"
+    name = name if args.get("label") or not args.get("partition") else f"{name}:{args['partition']}"
+    budgets = [f"{word}={args[key]}" for key, word in ALWAYS_NAMED.items() if args.get(key, 1) != 1]
+    return " ".join([name, *budgets])
 
 
 def overview(jobs: Iterable[Listed], statuses: Mapping[str, Status], now: float) -> Overview:

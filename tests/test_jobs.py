@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from domainbed import claims, jobs, messages, registry, run_directory, states
 from domainbed.jobs import Job, make_args_list, make_jobs
+from domainbed.scripts import train_arguments
 from domainbed.sweep_rows import SweepRow
 
 GOLDEN = [  # arguments of make_args_list, what DomainBed hashes for the seed and the directory, the command's flags
@@ -287,6 +289,60 @@ def test_controls_follow_their_rows_and_leave_the_others_alone():
     assert with_them[:2] + with_them[3:] == plain
 
 
+def test_every_row_at_every_budget(tmp_path):
+    """A full budget is no argument, so that its jobs are those of a sweep without budgets."""
+    [plain] = grid(test_envs_list=[[0]])
+    found = grid(test_envs_list=[[0]], budgets=[(0.0, 0.0), (0.05, 1.0), (1.0, 0.2), (1.0, 1.0)])
+    assert found == [
+        plain | {"annotation_budget": 0.0, "validation_budget": 0.0}, plain | {"annotation_budget": 0.05},
+        plain | {"validation_budget": 0.2}, plain,
+    ]  # fmt: skip
+    assert len({job.name for job in make_jobs(found, str(tmp_path))}) == 4
+    single = grid(test_envs_list=[[0]], annotation_budget=0.05)
+    assert jobs.directory_name(single[0]) == jobs.directory_name(found[1])
+
+
+def test_a_row_s_own_budgets_and_confounders():
+    rows = [SweepRow("IRM", budgets=[(0.5, 0.5)]), SweepRow("Seer", confounders=["inferred:errors"])]
+    found = grid(rows=rows, test_envs_list=[[0]], budgets=[(0.0, 1.0), (1.0, 1.0)])
+    keys = ("algorithm", "annotation_budget", "validation_budget", "confounders")
+    assert [tuple(args.get(key) for key in keys) for args in found] == [
+        ("ERM", 0.0, None, None), ("ERM", None, None, None), ("IRM", 0.5, 0.5, None),
+        ("Seer", 0.0, None, ["inferred:errors"]), ("Seer", None, None, ["inferred:errors"]),
+    ]  # fmt: skip
+
+
+def test_a_control_has_the_budgets_of_its_row():
+    found = grid(algorithms=["Penal"], test_envs_list=[[0]], controls=True, budgets=[(0.0, 0.0), (1.0, 1.0)])
+    assert [(args.get("label"), args.get("annotation_budget")) for args in found] == [
+        (None, 0.0), (None, None), ("Penal, control", 0.0), ("Penal, control", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["annotation_budget", "validation_budget"])
+@pytest.mark.parametrize("given", [{"budgets": [(1.0, 1.0)]}, {"rows": [SweepRow("IRM", budgets=[(0.0, 1.0)])]}])
+def test_budgets_of_a_sweep_or_a_row_beside_one_for_all(flag, given):
+    """Where a row's full budget is no argument, the one for all would take its place."""
+    with pytest.raises(ValueError, match=f"--budgets and --{flag} exclude each other"):
+        grid(**given, **{flag: 0.5})
+
+
+def test_a_budget_twice_is_the_same_run(tmp_path):
+    with pytest.raises(ValueError, match="two jobs are the same run"):
+        make_jobs(grid(budgets=[(0.0, 0.0), (0.0, 0.0)]), str(tmp_path))
+
+
+def test_commands_with_budgets_and_confounders_are_what_train_takes(tmp_path):
+    rows = [SweepRow("IRM", confounders=["inferred:george"], budgets=[(0.05, 0.0), (1.0, 1.0), (1e-05, 0.5)])]
+    found = make_jobs(grid(algorithms=[], rows=rows, test_envs_list=[[0]]), str(tmp_path))
+    for job, budgets in zip(found, [(0.05, 0), (1, 1), (1e-05, 0.5)], strict=True):
+        _, module, script, *words = shlex.split(job.command_str)
+        assert (module, script) == ("-m", "domainbed.scripts.train")
+        args = train_arguments.parser().parse_args(words)
+        assert (args.annotation_budget, args.validation_budget) == budgets
+        assert args.confounders == ["inferred:george"]
+
+
 def test_same_run_twice(tmp_path):
     with pytest.raises(ValueError, match=r"two jobs are the same run: .*'ERM', \[0\]"):
         make_jobs(grid(algorithms=["ERM", "ERM:environment"]), str(tmp_path))
@@ -432,3 +488,9 @@ def test_rows_that_need_a_confounder_are_left_out_where_there_is_none(algorithm,
     assert len(grid(["Debug28", "Own"], [algorithm])) == 3
     assert f"left out: {algorithm.partition(':')[0]} on Own, which knows no confounder" in caplog.text
     assert len(grid(["Own"], [algorithm], confounders=["sex"])) == 1
+
+
+def test_partitions_by_confounder_are_those_of_partitions() -> None:
+    from domainbed import partitions
+
+    assert jobs.BY_CONFOUNDER == partitions.BY_CONFOUNDER

@@ -172,3 +172,18 @@ def test_equal_data_give_equal_fits_and_no_logging(caplog):
     assert (one.weight == other.weight).all()
     assert (one.bias == other.bias).all()
     assert not caplog.records
+
+
+def test_tuning_fits_on_a_balanced_half(monkeypatch):
+    groups = np.repeat([0, 1, 2, 3], [40, 8, 8, 40])
+    z = np.stack([groups, np.random.default_rng(0).normal(size=len(groups))], axis=1).astype(float)
+    own_fit, seen = logistic_regression.fit, []
+
+    def noting(x, *more, **options):
+        seen.append(np.bincount(x[:, 0].astype(int), minlength=4).tolist())
+        return own_fit(x, *more, **options)
+
+    monkeypatch.setattr(logistic_regression, "fit", noting)
+    logistic_regression.tuned_c(z, groups // 2, groups, 2, np.random.default_rng(1))
+    assert seen
+    assert all(counts == [4, 4, 4, 4] for counts in seen)

@@ -42,7 +42,10 @@ def number(pattern, path):
 
 
 def parsed(path):
-    return sweep.parse(["launch", str(path), "--output_dir", "o", "--data_dir", "d", "--command_launcher", "local"])
+    """The sweep; on Waterbirds where the dataset is a file of its features, which is made first."""
+    made = [] if "--datasets features/waterbirds" not in header(path) else ["--datasets", "Waterbirds"]
+    words = ["--output_dir", "o", "--data_dir", "d", "--command_launcher", "local", *made]
+    return sweep.parse(["launch", str(path), *words])
 
 
 @functools.cache

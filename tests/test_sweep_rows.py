@@ -3,7 +3,7 @@
 import pytest
 
 from domainbed import registry
-from domainbed.sweep_rows import SweepRow, merged_hparams, with_controls
+from domainbed.sweep_rows import SweepRow, budget_args, merged_hparams, parse_budget, with_controls
 
 OFF = {"weight": 0.0, "ramp": 0}
 
@@ -82,3 +82,32 @@ def test_what_a_row_says_of_a_dataset():
     assert row.on_dataset("Other").hparams == {"a": 1, "b": 1}
     with pytest.raises(NotImplementedError, match="Dta"):
         SweepRow("Plain", on={"Dta": {}}).on_dataset("Data")
+
+
+@pytest.mark.parametrize(
+    ("text", "args"),
+    [
+        ("0", {"annotation_budget": 0, "validation_budget": 0}),
+        ("5e-2", {"annotation_budget": 0.05, "validation_budget": 0.05}),
+        ("0.05,1", {"annotation_budget": 0.05}),
+        ("1, .2", {"validation_budget": 0.2}),
+        ("1", {}),
+        ("1.0,1", {}),
+    ],
+)
+def test_budgets_as_arguments_of_train(text, args):
+    assert budget_args(parse_budget(text)) == args
+
+
+@pytest.mark.parametrize("text", ["", "5 %", "1.01", "-0.1", "nan", "0,1,1", "0.5,", "0.5,2", "True"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ValueError, match=r"is no share from 0 to 1, nor two: training,validation"):
+        parse_budget(text)
+
+
+def test_confounders_and_budgets_of_a_row():
+    row = SweepRow("Own", confounders=["inferred:george"], budgets=[(0, 1)])
+    assert row.train_args(None) == {"algorithm": "Own", "confounders": ["inferred:george"]}
+    assert row.on_dataset("Data").budgets == [(0, 1)]
+    control = with_controls([SweepRow("Penal", confounders=["sex"], budgets=[(0, 0)])], True)[1]
+    assert (control.budgets, control.confounders) == ([(0, 0)], ["sex"])

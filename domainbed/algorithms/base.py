@@ -139,6 +139,9 @@ class Algorithm(nn.Module):
         """Logits (B, K) of images x (B, C, H, W)."""
         raise NotImplementedError
 
+    def check_stages(self, data: "StageData") -> None:
+        """Raises ValueError, before anything is trained, if a later stage could not be begun with such images."""
+
     def begin_stage(self, stage: str, data: "StageData") -> NDArray[np.float64] | None:
         """Called once before the first update of each stage but the first, in evaluation mode, without gradients.
 

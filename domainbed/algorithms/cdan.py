@@ -59,7 +59,8 @@ class CDAN(ERM):
     Differs: training parts, any number of them and all labelled, in place of a labelled source and an unlabelled target
         domain; the optimizer is the hparams', in place of SGD with an annealed rate. p is a constant, in w as well.
         No bottleneck layer; only the discriminator learns faster, the new classifier does not. T is the run's
-        length, not 10,000. A narrower discriminator for small images.
+        length, not 10,000. Weights are divided by their sum in each minibatch, as in the published code. A narrower
+        discriminator for small images.
 
     Hparams:
         cdan_lambda: weight of the reversed gradient, not negative.
@@ -127,7 +128,9 @@ class CDAN(ERM):
         losses = F.cross_entropy(self.discriminator(self.product(features, p)), parts, reduction="none")
         weights = 1 + (p * log_p).sum(1).exp() if self.hparams["cdan_entropy"] else torch.ones_like(losses)
         weights = weights[:, None] * F.one_hot(parts)  # (N, E)
-        return ((weights * losses[:, None]).sum(0) / weights.sum(0)).mean()
+        totals = weights.sum(0)
+        present = totals > 0  # a mean of none is no number
+        return ((weights * losses[:, None]).sum(0)[present] / totals[present]).mean()
 
     def product(self, features: Tensor, p: Tensor) -> Tensor:
         """What the discriminator sees, h (N, D K) or (N, 1024), of features (N, D) and predictions p (N, K)."""

@@ -74,6 +74,10 @@ class DFR(ERM):
             )
         return data.validation
 
+    def check_stages(self, data: "StageData") -> None:
+        if self.hparams["dfr_averages"]:
+            logistic_regression.check_classes(self.sample(data).examples.y, self.classifier.out_features)
+
     def begin_stage(self, stage: str, data: "StageData") -> None:
         if self.hparams["dfr_averages"]:
             self.found = self._replace_last_layer(self.sample(data))
@@ -85,7 +89,6 @@ class DFR(ERM):
         from sklearn.preprocessing import StandardScaler
 
         examples, k = sample.examples, self.classifier.out_features
-        logistic_regression.check_classes(examples.y, k)
         groups = known_groups(examples)
         used = groups >= 0
         features = self._features(sample)
@@ -121,7 +124,9 @@ class DFR_Training(DFR):
     Annotations: of training images, as many as there are; without any the groups are the labels. Validation images are
     for selection only, and no score is measured on images that it has trained on.
 
-    Differs: features as everywhere here of images that are not augmented; no search over weights of the classes.
+    Differs: features as everywhere here of images that are not augmented; no search over weights of the classes; C is
+        tuned on halves of the training images, where the source judges on validation images: where the features fit
+        all of them, every weak penalty is as good, and C is 1; dfr_c gives another.
 
     Hparams:
         dfr_averages: number of fits that are averaged; 0 leaves ERM's last layer in place.

@@ -1,6 +1,7 @@
 """Classifiers whose heatmaps can be a part of their loss."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,10 +31,10 @@ def check_choices(hparams: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
 
 
 def check_not_negative(hparams: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError if an hparam is below 0."""
+    """Raises ValueError if an hparam is below 0, or infinite."""
     for name in names:
-        if not hparams[name] >= 0:
-            raise ValueError(f"{name} {hparams[name]}: must not be negative")
+        if not 0 <= hparams[name] < math.inf:
+            raise ValueError(f"{name} {hparams[name]}: must not be negative, nor infinite")
 
 
 def report_warmup(name: str, warmup: int, steps: int) -> None:

@@ -63,7 +63,8 @@ class GroupDRO(ERM):
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         risk = torch.stack([self._risk(x, y) for x, y in minibatches])  # (E,)
-        adjusted = risk.detach() + self.adjustment / self.sizes.sqrt()
+        bonus = self.adjustment / self.sizes.sqrt()
+        adjusted = risk.detach() + bonus - bonus.min()  # what all share changes nothing, but could overflow
         q = self.q * (self.hparams["groupdro_eta"] * adjusted).exp()
         self.q = q / q.sum()
         loss = (risk * self.q).sum()

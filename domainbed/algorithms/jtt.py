@@ -36,7 +36,8 @@ class JTT(ERM):
         and Chelsea Finn, Just Train Twice: Improving Group Robustness without Training Group Information, ICML 2021,
         https://arxiv.org/abs/2107.09044, Algorithm 1.
     Differs: images are drawn with odds, the source trains on a set that holds the error set's images jtt_upweight
-        times more: the same in expectation. Both stages share a run's updates, whose number is that of other methods;
+        times more, the same in expectation; so its published code has it, where Algorithm 1 counts an error
+        jtt_upweight times in all. Both stages share a run's updates, whose number is that of other methods;
         the source trains longer. Optimizer and learning rate are the suite's, and the weight decay is fit to them.
 
     Hparams:

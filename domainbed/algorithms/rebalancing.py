@@ -87,7 +87,7 @@ class ReWeight(ERM):
     balance twice.
 
     Source: Nathalie Japkowicz, The Class Imbalance Problem: Significance and Strategies, IC-AI 2000; with these
-        weights, over groups, as ReWeight and SqrtReWeight: Yuzhe Yang, Haoran Zhang, Dina Katabi and Marzyeh Ghassemi,
+        weights over groups as ReWeight and SqrtReWeight: Yuzhe Yang, Haoran Zhang, Dina Katabi and Marzyeh Ghassemi,
         Change is Hard: A Closer Look at Subpopulation Shift, ICML 2023, https://arxiv.org/abs/2302.12254.
     Differs: groups that are not annotated have a weight, too.
 

@@ -38,7 +38,8 @@ READ_BY = {  # which commands read a flag that not all read; a sweep file, which
     **dict.fromkeys((*LAUNCHER_OPTIONS, "save_every_s", "log_to"), _STARTING),
 }
 NOT_IN_FILES = ("watch", "json", "index", "no_calibration")
-OF_THE_SEARCH = ("hparams", "ranges", "label")  # flags that a refit takes from the search, not from its user
+# Flags that a refit takes from the search, not from its user.
+OF_THE_SEARCH = ("hparams", "ranges", "label", "annotation_budget", "validation_budget", "budgets")
 NOT_OF_JOBS = {
     "command",
     "sweep_file",

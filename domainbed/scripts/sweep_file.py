@@ -59,6 +59,7 @@ def read_sweep_file(
     _check_datasets(file, _listed(values.get("datasets", [])))
     _check_rows(file, _listed(values.get("algorithms", [])), rows)
     _check_together(file, jobs.given(values))
+    _check_budgets(file, rows, values)
     return [word for key, value in values.items() for word in _as_words(key, value)], rows
 
 
@@ -205,6 +206,15 @@ def _check_together(file: _File, given: Mapping[str, Any]) -> None:
             jobs.dataset_test_envs(name, single, listed, official)
 
 
+def _check_budgets(file: _File, rows: Sequence[SweepRow], given: Mapping[str, Any]) -> None:
+    """Checks that no row has budgets beside one for all."""
+    alone = [other for one, other in jobs.EXCLUSIVE if one == "budgets" and other in given]
+    for position, row in enumerate(rows):
+        if alone and row.budgets:
+            said = f"budgets and {alone[0]} (line {file.line((alone[0],))}) exclude each other; leave one out"
+            file.refuse(("rows", position, "budgets"), said)
+
+
 def _rows(file: _File, entries: Any) -> list[SweepRow]:
     if not isinstance(entries, list):
         file.refuse(("rows",), f"each [[rows]] must be a table that names an algorithm; got {entries}")
@@ -219,7 +229,7 @@ def _row(file: _File, where: toml_lines.Path, entry: Any) -> SweepRow:
         if key not in known:
             file.refuse((*where, key), messages.not_found("key of [[rows]]", key, known))
         kind, wanted = _KINDS.get(key, _TEXT)
-        if not isinstance(value, kind) or value == "":
+        if not isinstance(value, kind) or value in ("", []):
             file.refuse((*where, key), f"{key} of a row must be {wanted}; got {_shown(value)}")
     for key in _ON:
         _check_table(file, (*where, key), entry.get(key, {}))

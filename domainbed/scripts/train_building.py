@@ -79,6 +79,8 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
     data = StageData(
         build_sample(dataset, known, num_confounders), build_sample(dataset, validation, dataset.num_confounders)
     )
+    if getattr(algorithm, "STAGES", ()):
+        algorithm.check_stages(data)
     stages = build_stages(algorithm, minibatches, plan, hparams, data, draw, args["partition"])
     return Run(
         args, hparams, task, algorithm, stages, data, unlabeled, validation, plan, stopping, device(), about(dataset)
@@ -118,15 +120,18 @@ def build_stages(
         draw: builds another one, of splits, by a partition and odds.
     """
 
+    stages, sample = getattr(algorithm, "STAGES", ()) or (Stage("training"),), data.training
+    of_images = {own: draw(sample.splits, own) for own in {stage.partition for stage in stages} - {None, partition}}
+    of_images[partition] = minibatches
+
     def loader(stage: Stage, odds: NDArray[np.float64] | None) -> TrainingLoader:
-        own, sample = stage.partition or partition, data.training
+        own = stage.partition or partition
         if not stage.of_features:
-            return minibatches if odds is None and own == partition else draw(sample.splits, own, odds=odds)
+            return of_images[own] if odds is None else draw(sample.splits, own, odds=odds)
         with torch.no_grad(), evaluating(algorithm):
             features = sample.map(algorithm.stage_features)
-        return draw(sample.replaced(features), own, odds=odds)
+        return draw(sample.replaced(features), own, odds=odds, with_masks=False)
 
-    stages = getattr(algorithm, "STAGES", ()) or (Stage("training"),)
     plans = [replace(plan, steps=end, splits=()) for end in ends(stages, plan.steps, hparams)]
     plans[-1] = plan
     return [

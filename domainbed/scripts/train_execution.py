@@ -104,7 +104,7 @@ class Execution:
         Raises:
             NotResumable: it doesn't fit the data or the algorithm, which is of no use from then on.
         """
-        if content["task"] != self.run.task.to_dict():
+        if self.run.task.to_dict() | content["task"] != self.run.task.to_dict():  # older ones lack some fields
             raise NotResumable(f"the data were those of {content['task']} and are of {self.run.task.to_dict()}")
         snapshots.restore(self.run.directory, content, self.run.algorithm, self.state)
         for pattern in (explanation_records.EXPLANATIONS_FILE, "*.partial"):

@@ -11,7 +11,7 @@ from domainbed import algorithms, hparams_registry
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.cdan import CDAN, Reversal
 
-PLAIN = {"cdan_width": 4, "cdan_dropout": 0.0, "cdan_lr_factor": 3.0, "cdan_lambda": 0.8}
+PLAIN = {"cdan_width": 16, "cdan_dropout": 0.0, "cdan_lr_factor": 3.0, "cdan_lambda": 0.8}
 
 
 def slow_softmax(logits: Tensor) -> Tensor:
@@ -55,6 +55,8 @@ def test_updates_equal_a_written_out_game(
         )
         upwards = risk - 0.8 * reversal * disc_loss  # what the classifier and the featurizer descend
         d_gradients = torch.autograd.grad(disc_loss, discriminator.weights, retain_graph=True)
+        (reversed_gradient,) = torch.autograd.grad(disc_loss, slow.featurizer.weights[:1], retain_graph=True)
+        assert reversed_gradient.any()  # or the game would be ERM
         slow.adam.descend(upwards)
         d_adam.descend(sum((w * g).sum() for w, g in zip(discriminator.weights, d_gradients, strict=True)))
         slow.assert_equal()
@@ -177,3 +179,11 @@ def test_cdan_and_cdann_name_each_other():
 def test_hparams_that_mean_nothing_are_refused(build, name):
     with pytest.raises(ValueError, match=f"{name} -1.0: must not be negative"):
         build("CDAN", **{name: -1.0})
+
+
+def test_an_empty_minibatch_changes_nothing_but_its_absence(build, minibatches):
+    cdan = build("CDAN", **PLAIN)
+    empty = minibatches[1][0][:0], minibatches[1][1][:0]
+    values = cdan.update([minibatches[0], empty, minibatches[2]])
+    assert all(map(math.isfinite, values.values()))
+    assert all(torch.isfinite(parameter).all() for parameter in cdan.parameters())

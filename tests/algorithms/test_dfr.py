@@ -153,7 +153,8 @@ def test_without_validation_images_only_the_training_variant_learns(build):
 @pytest.mark.parametrize("y", [[0, 0, 1, 1], [2, 2, 2, 2]])
 def test_a_label_without_images_is_an_error(build, y):
     with pytest.raises(ValueError, match="none of the 4 images to learn from has label"):
-        learn(build("DFR"), stage_data(split(y=y, c=[0, 1, 0, 1])))
+        build("DFR").check_stages(stage_data(split(y=y, c=[0, 1, 0, 1])))
+    build("DFR", dfr_averages=0).check_stages(stage_data(split(y=y, c=[0, 1, 0, 1])))
 
 
 def test_features_that_are_not_finite_are_an_error(build):

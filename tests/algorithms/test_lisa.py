@@ -153,3 +153,11 @@ def test_values_out_of_range_are_refused(build):
 def test_minibatches_without_confounders_are_explained(build, minibatches):
     with pytest.raises(ValueError, match="without confounder labels"):
         build("LISA").update(minibatches)
+
+
+def test_boxes_of_cutmix_lie_anywhere():
+    """Rows and columns of their centres are drawn apart."""
+    np.random.seed(0)
+    found = boxes(np.full(200, 0.96), 30, 30)
+    top, left = (found.any(axis).int().argmax(1) for axis in (2, 1))
+    assert (top == left).float().mean() < 0.2

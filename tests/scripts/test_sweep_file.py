@@ -9,6 +9,7 @@ import pytest
 from domainbed.scripts import sweep_arguments
 from domainbed.scripts.sweep_file import read_sweep_file
 from domainbed.scripts.toml_lines import key_lines, syntax_error
+from domainbed.sweep_rows import SweepRow
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 
@@ -134,6 +135,12 @@ def test_lines_of_what_is_no_toml(text, line):
             1,
             "official_test_envs and test_envs_list (line 2) exclude",
         ),
+        ("n_trials = 1\nbudgets = [\n0,\n2]", 4, "budgets: '2' is no share from 0 to 1, nor two: training,validation"),
+        ("budgets = [[0, 1], [0, 1, 1]]", 1, "budgets: '0,1,1' is no share from 0 to 1, nor two"),
+        ("budgets = [true]", 1, "budgets must be a share, or a list of two: training, validation; got true"),
+        ("budgets = []", 1, "budgets is empty"),
+        ("budgets = 0.5\nannotation_budget = 1", 2, "annotation_budget and budgets (line 1) exclude each other"),
+        ("validation_budget = 1\nbudgets = [0.5]", 1, "validation_budget and budgets (line 2) exclude each other"),
         ("rows = ['ERM']", 1, "each [[rows]] must be a table"),
         ("[rows]\nalgorithm = 'ERM'", 1, "each [[rows]] must be a table"),
     ],
@@ -155,6 +162,11 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, text, line, message):
         ("algorithm = 'ERM'\nhparams = '{}'", 5, "hparams of a row must be a table; got '{}'"),
         ("algorithm = 'ERM'\n[rows.hparams]\nlr = 1979-05-27", 6, "lr must be a number"),
         ("algorithm = 'ERM'\nranges.lr = []", 5, "range of lr is []"),
+        ("algorithm = 'ERM'\nbudgets = 1", 5, "budgets of a row must be a list of shares; got 1"),
+        ("algorithm = 'ERM'\nbudgets = []", 5, "budgets of a row must be a list of shares; got []"),
+        ("algorithm = 'ERM'\nbudgets = [0, 'much']", 5, "'much' is no share from 0 to 1, nor two"),
+        ("algorithm = 'ERM'\nbudgets = [[0, 1], [0, 5]]", 5, "'0,5' is no share from 0 to 1, nor two"),
+        ("algorithm = 'ERM'\nconfounders = 'sex'", 5, "confounders of a row must be a list of texts; got 'sex'"),
         ("algorithm = 'ERM'\ncontrol = 'yes'", 5, "control of a row must be true or false; got 'yes'"),
         ("algorithm = 'ERM'\non.Debug28.steps = 5", 5, "on.Debug28 of a row must hold tables hparams or ranges"),
         ("algorithm = 'ERM'\ncontrol = true", 5, "controls are asked for, and none of ERM has one"),
@@ -174,6 +186,26 @@ def test_what_is_wrong_with_a_row_is_said_with_its_line(tmp_path, text, line, me
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- its text is compared below
         read(tmp_path, f"[[rows]]\nalgorithm = 'IRM'\n[[rows]]\n{text}")
     assert str(error.value).startswith(f"{tmp_path}/a.toml:{line}: {message}")
+
+
+@pytest.mark.parametrize("key", ["annotation_budget", "validation_budget"])
+def test_budgets_of_a_row_beside_one_for_all(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"a.toml:4: budgets and {key} \(line 1\) exclude each other; leave one out"):
+        read(tmp_path, f"{key} = 0.5\n[[rows]]\nalgorithm = 'ERM'\nbudgets = [0]")
+
+
+def test_budgets(tmp_path):
+    rows = "[[rows]]\nalgorithm = 'RWG'\nconfounders = ['inferred:george']\nbudgets = [0, '0.05', [0.2, 1]]"
+    words, [row] = read(tmp_path, f"budgets = [0, [0.05, 1], '1']\n{rows}")
+    assert words == ["--budgets", "0", "0.05,1", "1"]
+    assert row == SweepRow("RWG", confounders=["inferred:george"], budgets=[(0, 0), (0.05, 0.05), (0.2, 1)])
+    launch = ["launch", str(tmp_path / "a.toml"), "--output_dir", "o", "--command_launcher", "dummy"]
+    assert sweep_arguments.parse(launch).budgets == [(0, 0), (0.05, 1), (1, 1)]
+    assert sweep_arguments.parse([*launch, "--budgets", "0.2"]).budgets == [(0.2, 0.2)]
+    typed = sweep_arguments.parse([*launch, "--annotation_budget", "0.2"])
+    assert (typed.budgets, typed.annotation_budget) == (None, 0.2)
+    with pytest.raises(SystemExit):
+        sweep_arguments.parse([*launch, "--budgets", "2"])
 
 
 def test_no_flag_takes_anything(tmp_path):

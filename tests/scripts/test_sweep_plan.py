@@ -55,6 +55,18 @@ def test_plan_without_timing(capsys, monkeypatch):
     assert out.endswith("\n2 jobs: 0 done, 2 to do, 3 steps, without those of 1 jobs.\n")
 
 
+def test_budgets_are_lines_of_their_own(capsys):
+    """No sample of a row's budgets is timed for another one, whose minibatches may be others."""
+    given = [{}, {"annotation_budget": 0.0, "validation_budget": 0.0}, {"annotation_budget": 0.05}]
+    sweep_plan.plan(options(no_calibration=True), [job(steps=3, **budgets) for budgets in given for _ in range(2)])
+    found = cells(capsys.readouterr().out)
+    assert {row: cell[:3] for (row, _), cell in found.items() if row.startswith("ERM")} == {
+        "ERM": ["2", "2", "3"],
+        "ERM budget=0.0 val_budget=0.0": ["2", "2", "3"],
+        "ERM budget=0.05": ["2", "2", "3"],
+    }
+
+
 def test_questions(monkeypatch, capsys):
     """Each kind is asked for once, with its name, some of its draws, and the threads that a job has."""
     asked = []
@@ -143,7 +155,7 @@ def test_seconds_of_an_update(monkeypatch, first, seconds, expected, updates):
     plan = training.Plan(5, 1, 1.0, [], 2, 1)
     run = SimpleNamespace(
         algorithm=worker,
-        minibatches=iter(lambda: [], None),
+        stages=[SimpleNamespace(minibatches=lambda odds: iter(lambda: [], None))],
         unlabeled=None,
         plan=plan,
         device=calibrate.train_building.device(),
