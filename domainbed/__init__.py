@@ -20,21 +20,22 @@ The modules in the order in which data flows; each imports only from those above
     interruption                      requests that the process save its work and end
     datasets/, mask_files          1  images, labels y, confounders c, groups g, environments e; the user's own masks
     splits, partitions, loaders,
-    notices                        2  what is trained on; which examples share a minibatch; batches; warnings
+    samples, notices               2  what is trained on; which examples share a minibatch; batches; the images that a
+                                      method may look at between two stages; warnings
     backbones, networks,
     feature_maps, branches,
     attribution, masking,
     similarities, maskers          3  featurizers; a layer's maps; two on a shared trunk; heatmaps; images seen through
                                       masks; how alike two heatmaps are; networks that make masks
-    stages, logistic_regression       what a method does after another; a last layer that is fitted
+    stages, logistic_regression       what a method declares of its stages; a last layer that is fitted
     algorithms/, algorithms_ex2l,
     hparams_registry               4  minibatches -> update() -> step values; defaults and random draws
     explainers, subsets,
     explanation_metrics,
     feature_scores, features,
-    evaluation                     5  where any algorithm looks; which images are explained; heatmaps -> how faithful
+    evaluation, scores             5  where any algorithm looks; which images are explained; heatmaps -> how faithful
                                       and well placed; what a network makes of images, and how it is told apart;
-                                      algorithm, split -> average, per-group and worst-group numbers
+                                      algorithm, split -> average, per-group and worst-group numbers; what is chosen by
     records, loggers,
     explanation_records, cards        one JSON line per checkpoint; who else is told of it; what a dataset holds
     holders, claims, run_directory,

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from domainbed import networks
-from domainbed.algorithms.base import Minibatches, Task, concatenate, confounders, make_optimizer, register
+from domainbed.algorithms.base import Minibatches, concatenate, confounders, make_optimizer, register
 from domainbed.algorithms.erm import ERM
-from domainbed.algorithms.rebalancing import ReWeight, balancing_weights
+from domainbed.algorithms.rebalancing import GroupWeighted
 from domainbed.stages import Stage
 
 if TYPE_CHECKING:
@@ -78,55 +77,20 @@ class CRT(ERM):
 
 
 @register
-class ReWeightCRT(CRT):
+class ReWeightCRT(GroupWeighted, CRT):
     """CRT on the natural mix in both stages: the second one balances groups by ``mean_i v_{g_i} l_i`` instead.
 
-    The weights are those of ReWeight: ``v_g ~ n_g^-p`` with mean 1 over the groups that occur; the images of a label
-    whose confounder is not annotated are a group of their own, so that without any annotation classes are balanced.
+    The weights are those of GroupWeighted, so that without any annotation classes are balanced.
     Training confounders may be annotated for some images or for none; those of validation images serve selection. On
     a partition by group it would balance twice.
 
     Source: as of CRT; with weights in place of sampling: Yang et al. 2023.
     Differs: as CRT does; groups that are not annotated have a weight, too.
-
-    Hparams:
-        reweight_power: p >= 0; 1 balances, 0 retrains on the natural mix.
     """
 
-    HPARAMS = {"reweight_power": ReWeight.HPARAMS["reweight_power"]}
+    HPARAMS = {}
     PARTITION = "random"
-    NEEDS_CONFOUNDERS = True
-    TAKES_HIDDEN = True
-    CONTROL = {"reweight_power": 0.0}
-
-    weights: Tensor
-
-    def __init__(
-        self,
-        input_shape: Sequence[int],
-        num_classes: int,
-        num_domains: int,
-        hparams: dict[str, Any],
-        group_counts: Sequence[int] = (),
-        hidden_counts: Sequence[int] = (),
-    ):
-        super().__init__(input_shape, num_classes, num_domains, hparams)
-        if not sum(group_counts) + sum(hidden_counts):
-            raise ValueError(
-                f"{type(self).__name__} needs the number of training images of each group; take a dataset that knows "
-                "its confounder and build with from_task, whose task has group_counts"
-            )
-        groups = torch.tensor(group_counts, dtype=torch.float64).view(num_classes, -1)
-        hidden = torch.tensor(hidden_counts or [0] * num_classes, dtype=torch.float64).view(num_classes, 1)
-        counts = torch.cat([groups, hidden], dim=1)  # (K, V + 1): column -1 is of confounder -1, not annotated
-        self.register_buffer("weights", balancing_weights(counts, hparams["reweight_power"]), persistent=False)
-
-    @classmethod
-    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "ReWeightCRT":
-        counts = task.group_counts, task.hidden_counts
-        return cls(task.input_shape, task.num_classes, task.num_domains, hparams, *counts)
 
     def classifier_risk(self, minibatches: Minibatches) -> Tensor:
         features, y = concatenate(minibatches)
-        risk = F.cross_entropy(self.classifier(features), y, reduction="none")  # (B,)
-        return (self.weights[y, confounders(minibatches)].to(risk.dtype) * risk).mean()
+        return self.weighted_risk(self.classifier(features), y, confounders(minibatches))

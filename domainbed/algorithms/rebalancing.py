@@ -76,23 +76,14 @@ class SUBY(Rebalanced):
     PARTITION = "label_subset"
 
 
-@register
-class ReWeight(ERM):
-    """Natural sampling, weighted loss: ``mean_i v_{g_i} loss_i`` with ``v_g = n_g^-p / mean over g' of n_g'^-p``.
+class GroupWeighted(ERM):
+    """A method whose risks are weighted by group: ``v_g = n_g^-p / mean over g' of n_g'^-p``.
 
     The mean is over the G groups that occur in training, so that their v sum to G. The images of a label whose
     confounder is not annotated are a group of their own.
 
-    Needs training confounders, as many as there are; validation's only for selection. On a partition by group it would
-    balance twice.
-
-    Source: Nathalie Japkowicz, The Class Imbalance Problem: Significance and Strategies, IC-AI 2000; with these
-        weights over groups as ReWeight and SqrtReWeight: Yuzhe Yang, Haoran Zhang, Dina Katabi and Marzyeh Ghassemi,
-        Change is Hard: A Closer Look at Subpopulation Shift, ICML 2023, https://arxiv.org/abs/2302.12254.
-    Differs: groups that are not annotated have a weight, too.
-
     Hparams:
-        reweight_power: p >= 0; 1 is ReWeight, .5 is SqrtReWeight, 0 is ERM.
+        reweight_power: p >= 0; 1 balances, .5 is by square roots, 0 weighs all alike.
     """
 
     HPARAMS = {"reweight_power": (1.0, lambda r: r.choice([0.5, 1.0]))}
@@ -118,21 +109,40 @@ class ReWeight(ERM):
                 f"{type(self).__name__} needs the number of training images of each group; take a dataset that knows "
                 "its confounder and build with from_task, whose task has group_counts"
             )
-        self.num_groups, self.num_confounders = len(group_counts), len(group_counts) // num_classes
-        counts = torch.tensor([*group_counts, *(hidden_counts or [0] * num_classes)], dtype=torch.float64)
+        groups = torch.tensor(group_counts, dtype=torch.float64).view(num_classes, -1)
+        hidden = torch.tensor(hidden_counts or [0] * num_classes, dtype=torch.float64).view(num_classes, 1)
+        counts = torch.cat([groups, hidden], dim=1)  # (K, V + 1): column -1 is of confounder -1, not annotated
         self.register_buffer("weights", balancing_weights(counts, hparams["reweight_power"]), persistent=False)
 
     @classmethod
-    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "ReWeight":
+    def from_task(cls, task: Task, hparams: dict[str, Any]) -> "GroupWeighted":
         counts = task.group_counts, task.hidden_counts
         return cls(task.input_shape, task.num_classes, task.num_domains, hparams, *counts)
 
+    def weighted_risk(self, logits: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        """``mean_i v_{g_i} loss_i`` of logits (B, K), labels and confounders (B,), -1 where not annotated."""
+        risk = F.cross_entropy(logits, y, reduction="none")  # (B,)
+        return (self.weights[y, c].to(risk.dtype) * risk).mean()
+
+
+@register
+class ReWeight(GroupWeighted):
+    """Natural sampling, weighted loss: ``mean_i v_{g_i} loss_i``, with the weights of GroupWeighted.
+
+    Needs training confounders, as many as there are; validation's only for selection. On a partition by group it would
+    balance twice.
+
+    Source: Nathalie Japkowicz, The Class Imbalance Problem: Significance and Strategies, IC-AI 2000; with these
+        weights over groups as ReWeight and SqrtReWeight: Yuzhe Yang, Haoran Zhang, Dina Katabi and Marzyeh Ghassemi,
+        Change is Hard: A Closer Look at Subpopulation Shift, ICML 2023, https://arxiv.org/abs/2302.12254.
+    Differs: groups that are not annotated have a weight, too.
+    """
+
+    HPARAMS = {}
+
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         x, y = concatenate(minibatches)
-        c = confounders(minibatches)
-        group = torch.where(c < 0, self.num_groups + y, y * self.num_confounders + c)
-        risk = F.cross_entropy(self.predict(x), y, reduction="none")  # (B,)
-        loss = (self.weights[group].to(risk.dtype) * risk).mean()
+        loss = self.weighted_risk(self.predict(x), y, confounders(minibatches))
         self.step(loss)
         return {"loss": loss.item()}
 
