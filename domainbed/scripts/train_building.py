@@ -4,8 +4,7 @@ import functools
 import inspect
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ from domainbed.algorithms import get_algorithm_class
 from domainbed.algorithms.base import Task
 from domainbed.algorithms.base import build as build_algorithm
 from domainbed.explainers import Explainer
-from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader, group_counts
 from domainbed.rows import pseudo_confounders
 from domainbed.samples import Sample, StageData
 from domainbed.scripts.train_annotations import granted, training_images
-from domainbed.scripts.train_execution import Run, RunStage
+from domainbed.scripts.train_execution import Run
+from domainbed.scripts.train_stages import build_stages
 from domainbed.seeding import seed_hash
 from domainbed.splits import Split, selection_splits, split_environments, training_splits, validation_splits
-from domainbed.stages import Stage, ends
 
 DATASET_OPTIONS = ("confounders",)  # flags that a dataset's constructor takes if its class says so
 
@@ -102,41 +100,6 @@ def build_task(dataset: Any, minibatches: TrainingLoader, steps: int) -> Task:
 
 def build_sample(dataset: Any, splits: Sequence[Split], num_confounders: int) -> Sample:
     return Sample(splits, num_confounders, device(), dataset.N_WORKERS)
-
-
-def build_stages(
-    algorithm: Any,
-    minibatches: TrainingLoader,
-    plan: training.Plan,
-    hparams: dict[str, Any],
-    data: StageData,
-    draw: Callable[..., TrainingLoader],
-    partition: str,
-) -> list[RunStage]:
-    """The stages that the algorithm declares, else a single one; only the last one is measured.
-
-    Args:
-        minibatches: the run's own loader.
-        draw: builds another one, of splits, by a partition and odds.
-    """
-
-    stages, sample = getattr(algorithm, "STAGES", ()) or (Stage("training"),), data.training
-    of_images = {own: draw(sample.splits, own) for own in {stage.partition for stage in stages} - {None, partition}}
-    of_images[partition] = minibatches
-
-    def loader(stage: Stage, odds: NDArray[np.float64] | None) -> TrainingLoader:
-        own = stage.partition or partition
-        if not stage.of_features:
-            return of_images[own] if odds is None else draw(sample.splits, own, odds=odds)
-        with torch.no_grad(), evaluating(algorithm):
-            features = sample.map(algorithm.stage_features)
-        return draw(sample.replaced(features), own, odds=odds, with_masks=False)
-
-    plans = [replace(plan, steps=end, splits=()) for end in ends(stages, plan.steps, hparams)]
-    plans[-1] = plan
-    return [
-        RunStage(stage.name, own, functools.partial(loader, stage)) for stage, own in zip(stages, plans, strict=True)
-    ]
 
 
 def build_data(args: dict[str, Any], hparams: dict[str, Any]) -> tuple[Any, list[Split]]:

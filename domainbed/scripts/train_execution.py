@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from domainbed import (
     explanation_records,
@@ -25,29 +23,15 @@ from domainbed.claims import Claim
 from domainbed.console import print_row
 from domainbed.evaluation import ExplanationPlan, explanations
 from domainbed.explanation_tables import run_table
-from domainbed.feature_maps import evaluating
 from domainbed.loaders import TrainingLoader
 from domainbed.loggers import LoggedRun, Logging
 from domainbed.samples import StageData
+from domainbed.scripts import train_stages
+from domainbed.scripts.train_stages import RunStage
 from domainbed.splits import Split
 from domainbed.state_trees import NotResumable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunStage:
-    """A stage of a run.
-
-    Attributes:
-        name: as the algorithm has it.
-        plan: its last step, and what is measured meanwhile: nothing, unless it is the last stage.
-        minibatches: the loader, for the odds of the training images; it may take a pass over them.
-    """
-
-    name: str
-    plan: training.Plan
-    minibatches: Callable[[NDArray[np.float64] | None], TrainingLoader]
 
 
 @dataclass(frozen=True)
@@ -169,16 +153,12 @@ class Execution:
                 return
 
     def _begin(self, number: int) -> None:
-        """Goes over to the next stage; a request to end is obeyed at once, and the stage is begun anew later."""
-        run = self.run
-        self.save()  # beginning a stage is not resumed halfway
-        print(f"stage {number + 1} of {len(run.stages)}, {run.stages[number].name}, after {self.progress.step} updates")
-        try:
-            with interruption.at_once(), torch.no_grad(), evaluating(run.algorithm):
-                self.progress.odds = run.algorithm.begin_stage(run.stages[number].name, run.stage_data)
-        except interruption.Preempted as request:
-            raise interruption.Unsaved(str(request)) from request
-        self.progress.stage = number
+        """Goes over to the next stage; a request to end meanwhile leaves the snapshot from which it begins anew."""
+        run, progress = self.run, self.progress
+        self.save()
+        print(f"stage {number + 1} of {len(run.stages)}, {run.stages[number].name}, after {progress.step} updates")
+        progress.odds = train_stages.begin(run.algorithm, run.stages[number], run.stage_data)
+        progress.stage = number
 
     def _go_through(self, stage: RunStage, trackers: Logging) -> None:
         run, progress = self.run, self.progress
@@ -187,7 +167,7 @@ class Execution:
             unlabeled = ([x for x, _ in step] for step in run.unlabeled.start_at(progress.updates))
         if progress.stopped:
             return
-        minibatches = self._loader(stage).start_at(progress.updates)
+        minibatches = train_stages.loader(stage, progress.odds).start_at(progress.updates)
         steps = training.train(run.algorithm, minibatches, unlabeled, stage.plan, run.device, progress, self.pace)
         for found in steps:
             if found is not None:
@@ -197,15 +177,6 @@ class Execution:
                 if progress.stopped:
                     return
             self._pause()
-
-    def _loader(self, stage: RunStage) -> TrainingLoader:
-        """The stage's minibatches; opening images for them leaves no trace in the random states."""
-        random_states = snapshots.random_states()
-        try:
-            with interruption.at_once():
-                return stage.minibatches(self.progress.odds)
-        finally:
-            snapshots.set_random_states(random_states)
 
     def _pause(self) -> None:
         """Between two steps, all is in order."""
