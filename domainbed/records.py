@@ -77,6 +77,17 @@ def training_count_key(group: int) -> str:
     return f"train_g{group}_n"
 
 
+def inferred(num_values: int, agreement: Mapping[str, float]) -> dict[str, float]:
+    """What records say of pseudo-confounders: ``inferred_values``, how many there are, and ``inferred_ami``.
+
+    The latter, and ``inferred_ami_within_labels``, is the adjusted mutual information with the true confounders of the
+    training images; absent where these are not known.
+    """
+    known = [name for name in ("ami", "ami within labels") if name in agreement]
+    found = {f"inferred_{name.replace(' ', '_')}": agreement[name] for name in known}
+    return {"inferred_values": num_values, **found}
+
+
 FULL_DATA = "fd_"  # begins the keys of the second stage of ``train_autolr``, which trains on all images
 
 

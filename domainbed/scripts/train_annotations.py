@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed import inferred_confounders, interruption, notices, partitions
+from domainbed import inferred_confounders, interruption, notices, partitions, records
 from domainbed.algorithms import get_algorithm_class
 from domainbed.rows import pseudo_confounders
 from domainbed.splits import Split, annotate
@@ -15,15 +15,15 @@ from domainbed.splits import Split, annotate
 
 def training_images(
     dataset: Any, trained: Sequence[Split], args: dict[str, Any], hparams: dict[str, Any], device: torch.device
-) -> tuple[list[Split], int]:
-    """What is trained on, with the confounders that training may know, and how many values these have."""
+) -> tuple[list[Split], int, dict[str, float]]:
+    """What is trained on, with the confounders that training may know; how many values these have; what records say."""
     if method := pseudo_confounders(args):
         return inferred(method, dataset, trained, args, hparams, device)
     known = annotated(dataset, trained, args)
     reads_confounders = getattr(get_algorithm_class(args["algorithm"]), "NEEDS_CONFOUNDERS", False)
     if reads_confounders or args["partition"] in partitions.BY_CONFOUNDER:
         notices.report_not_annotated(dataset, trained, known)
-    return known, dataset.num_confounders
+    return known, dataset.num_confounders, {}
 
 
 def annotated(dataset: Any, trained: Sequence[Split], args: dict[str, Any]) -> list[Split]:
@@ -76,8 +76,8 @@ def inferred(
     args: dict[str, Any],
     hparams: dict[str, Any],
     device: torch.device,
-) -> tuple[list[Split], int]:
-    """The training splits with pseudo-confounders, of which all are known whatever the budget, and how many values.
+) -> tuple[list[Split], int, dict[str, float]]:
+    """As ``training_images``, with pseudo-confounders, of which all are known whatever the budget.
 
     Raises:
         NotImplementedError: no such method.
@@ -99,4 +99,4 @@ def inferred(
     except interruption.Preempted as request:
         raise interruption.Unsaved(str(request)) from request
     notices.report_inferred(found.num_confounders, found.agreement)
-    return found.splits, found.num_confounders
+    return found.splits, found.num_confounders, records.inferred(found.num_confounders, found.agreement)

@@ -55,7 +55,7 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
 
     trained = training_splits(dataset, splits, test_envs)
     notices.report_unseen(dataset, trained, [split for split in splits if split.env in test_envs])
-    known, num_confounders = training_images(dataset, trained, args, hparams, device())
+    known, num_confounders, facts = training_images(dataset, trained, args, hparams, device())
     draw = functools.partial(
         build_loader,
         dataset=dataset,
@@ -81,8 +81,9 @@ def build(args: dict[str, Any], hparams: dict[str, Any], loader: type[TrainingLo
         algorithm.check_stages(data)
     stages = build_stages(algorithm, minibatches, plan, hparams, data, draw, args["partition"])
     return Run(
-        args, hparams, task, algorithm, stages, data, unlabeled, validation, plan, stopping, device(), about(dataset)
-    )
+        args, hparams, task, algorithm, stages, data, unlabeled, validation, plan, stopping, device(), about(dataset),
+        facts,
+    )  # fmt: skip
 
 
 def build_task(dataset: Any, minibatches: TrainingLoader, steps: int) -> Task:

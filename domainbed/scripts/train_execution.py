@@ -36,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one training needs; ``about`` is what its models say of the dataset."""
+    """Everything that one training needs.
+
+    Attributes:
+        about: what its models say of the dataset.
+        facts: numbers that every record holds.
+    """
 
     args: dict[str, Any]
     hparams: dict[str, Any]
@@ -50,6 +55,7 @@ class Run:
     stopping: training.EarlyStopping | None
     device: torch.device
     about: dict[str, Any]
+    facts: dict[str, float]
 
     @property
     def directory(self) -> Path:
@@ -171,7 +177,7 @@ class Execution:
         steps = training.train(run.algorithm, minibatches, unlabeled, stage.plan, run.device, progress, self.pace)
         for found in steps:
             if found is not None:
-                record = self.named(found)
+                record = self.named(found | run.facts)
                 self._keep(record)
                 trackers.log(record | {"step": self.earlier + record["step"]})
                 if progress.stopped:
