@@ -18,6 +18,7 @@ OTHERS = ("ERM", "GroupDRO", "Mixup", "CDANN", "IRM", "MMD", "CORAL", "DANN", "E
 def example(monkeypatch):
     """The class, registered for one test."""
     monkeypatch.setattr(algorithms.REGISTRY, "_entries", dict(algorithms.REGISTRY._entries))
+    monkeypatch.setattr(algorithms.REGISTRY, "names", [*algorithms.REGISTRY.names])
     source, names = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], {"__name__": "shown"}
     exec(source, names)
     return names["LossTwice"]

@@ -53,6 +53,7 @@ def files(tmp_path_factory):
             job(directory, trial, dataset=dataset, algorithm="EX2L_MAE")
             job(directory, trial, dataset=dataset, algorithm="EX2L_MAE", hparams='{"map_gradient": "none"}')
         job(directory, trial, dataset="VLCS", test_envs=[0, 1], label=ODD)
+        job(directory, trial, label=ODD, annotation_budget=0.05, validation_budget=0.05)
     words = ["--latex", "--tables", "all", "--intervals", "--screening", "--compare", ODD, "EX2L_MAE"]
     collect_results.main(["--input_dir", str(directory), *words, "--compare_all", "EX2L_MAE"])
     return {path.stem: path for path in directory.glob("*.tex")}

@@ -195,11 +195,13 @@ class Execution:
         """Writes a record of the last stage, and the models that it asks for; others are but shown."""
         run, progress = self.run, self.progress
         self.claim.check()
-        self.columns = print_record(record, self.columns)
-        if progress.stage < len(run.stages) - 1:
+        is_last = progress.stage == len(run.stages) - 1
+        if is_last:
+            constants = {"hparams": run.hparams, "args": run.args}
+            records.append(run.directory / records.RESULTS_FILE, record | constants)
+        self.columns = print_record(record, self.columns)  # after it is written: whoever follows the output looks there
+        if not is_last:
             return
-        constants = {"hparams": run.hparams, "args": run.args}
-        records.append(run.directory / records.RESULTS_FILE, record | constants)
         score = validation_score(record, run.validation)
         if run.args["keep_best"] and score > progress.best:
             progress.best = score

@@ -57,7 +57,7 @@ def build_stages(
         own = stage.partition or partition
         if not stage.of_features:
             return of_images[own] if odds is None else draw(sample.splits, own, odds=odds)
-        with torch.no_grad(), evaluating(algorithm):
+        with interruption.at_once(), torch.no_grad(), evaluating(algorithm):
             features = sample.map(algorithm.stage_features)
         return draw(sample.replaced(features), own, odds=odds, with_masks=False)
 
@@ -84,14 +84,9 @@ def begin(algorithm: Any, stage: RunStage, data: StageData) -> Odds:
 
 
 def loader(stage: RunStage, odds: Odds) -> TrainingLoader:
-    """The stage's minibatches; opening images for them leaves no trace in the random states.
-
-    Raises:
-        Preempted: somebody asked to end; nothing has changed.
-    """
+    """The stage's minibatches; opening images for them leaves no trace in the random states."""
     random_states = snapshots.random_states()
     try:
-        with interruption.at_once():
-            return stage.minibatches(odds)
+        return stage.minibatches(odds)
     finally:
         snapshots.set_random_states(random_states)

@@ -8,13 +8,15 @@ from domainbed.algorithms.base import make_optimizer
 from domainbed.algorithms.explained import ExplainedERM
 
 CONTROLS = {name: registry.attribute("algorithms", name, "CONTROL", {}) for name in registry.names("algorithms")}
-OF_ERM = [  # that train on vectors; those that take images show it in tests of their own
+OF_ERM = [  # that train on plain vectors in one stage; the others show it in tests of their own
     name
     for name, control in CONTROLS.items()
     if control
     and issubclass(getattr(algorithms, name), algorithms.ERM)
     and not issubclass(getattr(algorithms, name), ExplainedERM)
     and not getattr(algorithms, name).NEEDS_MASKS
+    and not getattr(algorithms, name).NEEDS_CONFOUNDERS
+    and not getattr(algorithms, name).STAGES
     and name != "URM"  # whose control keeps its activation
 ]
 
