@@ -101,7 +101,8 @@ MASKLESS = [  # Debug data have no masks
 def test_an_algorithm_trains_on_one_environment_or_refuses_at_once(name: str, tmp_path: Path) -> None:
     least = getattr(algorithms.get_algorithm_class(name), "MIN_PARTS", 1)
     flags = ["--dataset", "Debug28", "--algorithm", name, "--test_envs", "0", "1", "--partition", "environment"]
-    flags += ["--steps", "2", "--checkpoint_freq", "5", "--trial_seed", "1", "--hparams", '{"backbone": "small_cnn", "batch_size": 4}', "--output_dir", str(tmp_path)]
+    flags += ["--steps", "2", "--checkpoint_freq", "5", "--trial_seed", "1"]  # in whose validation both labels are
+    flags += ["--hparams", '{"backbone": "small_cnn", "batch_size": 4}', "--output_dir", str(tmp_path)]
     if least > 1:
         with pytest.raises(BadInput, match=f"{name} compares at least {least} minibatches, this partition has 1"):
             train.main(flags)
