@@ -139,6 +139,8 @@ class ExplanationPlan:
         method: of attribution, a name in ``METHODS`` or ``EVALUATION_METHODS`` of ``attribution``.
         fills: what stands in place of masked pixels, names in ``masking.FILLS``.
         batch_size: images at a time, at most; changes no number beyond rounding.
+        inferred: the algorithm learned pseudo-confounders, of which the true ones say nothing: a confounder network's
+            heatmap is that of its prediction.
     """
 
     images: int = 512
@@ -146,6 +148,7 @@ class ExplanationPlan:
     method: str = "grad_cam"
     fills: tuple[str, ...] = ("blur",)
     batch_size: int = 64
+    inferred: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ def split_explanations(
         for x, y in batches():
             done = sum(map(len, columns["y"]))
             part = slice(done, done + len(x))
-            targets = (y.to(device), torch.from_numpy(c[part]).to(device)) if num_confounders > 1 else None
+            own = np.full_like(c[part], -1) if plan.inferred else c[part]
+            targets = (y.to(device), torch.from_numpy(own).to(device)) if num_confounders > 1 else None
             found = _image_values(explainer, x, targets, None if truth is None else truth[part], colour, plan)
             for name, values in {"y": y, **found}.items():
                 columns[name].append(values.cpu().numpy())

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -145,9 +146,8 @@ class TwoNetworks(Algorithm):
     def explain(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Logits and heatmaps (B, h, w) of the label and of the confounder network, for targets y and c (B,).
 
-        Where c is -1 the confounder's heatmap is that of value 0, and not to be used: see ``annotated``.
+        Where c is -1, not known, the confounder's heatmap is that of the predicted value.
         """
-        c = c.clamp_min(0)
         with differentiable(self.hparams["map_gradient"]):
             with capture(self._map_layer(self.featurizer)) as seen, self._trunk() as trunk:
                 features = self.featurizer(x)
@@ -169,7 +169,8 @@ class TwoNetworks(Algorithm):
     ) -> tuple[Tensor, Tensor]:
         logits, hparams = classifier(features), self.hparams
         linear: Any = classifier if self.linear_head and not has_active_dropout(self.featurizer) else None
-        wanted = target if hparams["map_target"] == "true" else None
+        known = torch.where(target < 0, predicted_labels(logits), target)
+        wanted = known if hparams["map_target"] == "true" else None
         found = heatmaps(
             maps, logits, wanted, hparams["map_method"], hparams["map_gradient"], hparams["map_relu"], linear
         )

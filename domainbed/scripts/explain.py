@@ -16,6 +16,7 @@ from domainbed.evaluation import ExplanationPlan, Explanations, explanations
 from domainbed.explainers import Explainer
 from domainbed.explanation_tables import run_table
 from domainbed.loaders import EVALUATION_BATCH
+from domainbed.rows import pseudo_confounders
 from domainbed.scripts import bad_input, run_cli
 from domainbed.scripts.arguments import DomainBedParser, add_trusted
 from domainbed.scripts.figure_gradcam import Sketch, View, describe, picture, sketch
@@ -106,7 +107,8 @@ def _opened(file: Path, args: argparse.Namespace) -> tuple[Subject, list[Split]]
 
 def measure(subject: Subject, splits: Sequence[Split], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and records the metrics of a model; returns those of each image."""
-    plan = ExplanationPlan(args.n, args.seed, args.method, tuple(dict.fromkeys(args.fills)), args.batch_size)
+    inferred = bool(pseudo_confounders(subject.args))
+    plan = ExplanationPlan(args.n, args.seed, args.method, tuple(dict.fromkeys(args.fills)), args.batch_size, inferred)
     dataset, num_confounders = subject.dataset, subject.dataset.num_confounders
     measured = explanations(subject.algorithm, splits, num_confounders, device(), plan, dataset.N_WORKERS)
     settings = explanation_records.Settings.of(plan, subject.file.name, subject.step, args.mask_dir or "")

@@ -15,6 +15,7 @@ from domainbed.explainers import Explainer
 from domainbed.feature_maps import evaluating
 from domainbed.lib.misc import labels, predicted_labels
 from domainbed.loaders import evaluation_batches
+from domainbed.rows import pseudo_confounders
 from domainbed.scripts import bad_input, subjects
 from domainbed.scripts.subjects import Subject
 from domainbed.scripts.train_building import device
@@ -99,7 +100,7 @@ def sketch(subject: Subject, split: Split, name: str, view: View) -> Sketch:
     dataset, explainer = subject.dataset, Explainer(subject.algorithm, view.method)
     explainer.check(dataset.input_shape)
     keys = shown_keys(split, view.images, view.seed, dataset.num_confounders)
-    c = confounders(split.environment)[keys]
+    c = np.full(len(keys), -1) if pseudo_confounders(subject.args) else confounders(split.environment)[keys]
     batches = evaluation_batches(split.environment, keys, device=device())
     x, y = (torch.cat(list(column)) for column in zip(*batches, strict=True))
     with evaluating(explainer.network):

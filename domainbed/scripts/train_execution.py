@@ -25,6 +25,7 @@ from domainbed.evaluation import ExplanationPlan, explanations
 from domainbed.explanation_tables import run_table
 from domainbed.loaders import TrainingLoader
 from domainbed.loggers import LoggedRun, Logging
+from domainbed.rows import pseudo_confounders
 from domainbed.samples import StageData
 from domainbed.scripts import train_stages
 from domainbed.scripts.train_stages import RunStage
@@ -244,7 +245,7 @@ def explain(run: Run, step: int) -> None:
         saved = saved_models.load(best, run.device)
         run.algorithm.load_state_dict(saved["model_dict"])
         model, step = best.name, saved["step"]
-    plan, training_plan = ExplanationPlan(run.args["explain"]), run.plan
+    plan, training_plan = ExplanationPlan(run.args["explain"], inferred=bool(pseudo_confounders(run.args))), run.plan
     num_confounders = training_plan.num_confounders
     tested = [split for split in training_plan.splits if split.kind == "in" and split.env in run.args["test_envs"]]
     measured = explanations(run.algorithm, tested, num_confounders, run.device, plan, training_plan.num_workers)
