@@ -100,13 +100,14 @@ def sketch(subject: Subject, split: Split, name: str, view: View) -> Sketch:
     dataset, explainer = subject.dataset, Explainer(subject.algorithm, view.method)
     explainer.check(dataset.input_shape)
     keys = shown_keys(split, view.images, view.seed, dataset.num_confounders)
-    c = np.full(len(keys), -1) if pseudo_confounders(subject.args) else confounders(split.environment)[keys]
+    c = confounders(split.environment)[keys]
+    learned_c = np.full_like(c, -1) if pseudo_confounders(subject.args) else c
     batches = evaluation_batches(split.environment, keys, device=device())
     x, y = (torch.cat(list(column)) for column in zip(*batches, strict=True))
     with evaluating(explainer.network):
         logits, heatmaps = explainer.heatmaps(x)
         grouped = dataset.num_confounders > 1
-        pair = explainer.pair(x, y.to(device()), torch.from_numpy(c).to(device())) if grouped else None
+        pair = explainer.pair(x, y.to(device()), torch.from_numpy(learned_c).to(device())) if grouped else None
         learned = explainer.mask(x)
     predicted = predicted_labels(logits).cpu()
     captions, correct = [class_name(dataset, int(k)) for k in predicted], (predicted == y.cpu()).numpy()
