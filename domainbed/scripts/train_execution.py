@@ -152,12 +152,12 @@ class Execution:
     def _train(self, trackers: Logging) -> None:
         progress = self.progress
         for number, stage in enumerate(self.run.stages):
+            if progress.stopped:
+                return
             if number > progress.stage:
                 self._begin(number)
             if number == progress.stage:
                 self._go_through(stage, trackers)
-            if progress.stopped:
-                return
 
     def _begin(self, number: int) -> None:
         """Goes over to the next stage; a request to end meanwhile leaves the snapshot from which it begins anew."""
@@ -172,8 +172,6 @@ class Execution:
         unlabeled = None
         if run.unlabeled is not None:
             unlabeled = ([x for x, _ in step] for step in run.unlabeled.start_at(progress.updates))
-        if progress.stopped:
-            return
         minibatches = train_stages.loader(stage, progress.odds).start_at(progress.updates)
         steps = training.train(run.algorithm, minibatches, unlabeled, stage.plan, run.device, progress, self.pace)
         for found in steps:
